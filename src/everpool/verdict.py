@@ -1,0 +1,497 @@
+"""The rule by which every replica gives every record the same verdict.
+
+Pure functions of the log: names, object ids, byte ranges and prefixes; never of bytes, clocks or
+what a replica happens to hold. `Judge` keeps what the rule remembers and asks a `Catalog` for what
+a name is bound to.
+
+1. *Identity.* Within a session, records are decided in sequence and once. A sequence that was
+   decided before is a duplicate, one behind a gap waits for its predecessor to be sent again, one
+   behind its fence is void. A session that is not known, and began below the floor, may have been
+   forgotten: its records are void.
+2. *Conflict.* A record aborts when its snapshot is below the floor, or when a committed record
+   after its snapshot wrote a name it read, made or removed a name under a prefix it listed, or
+   wrote a byte it read.
+3. *Totality.* A missing object, a taken name or a range outside the object abort the record with
+   a stated verdict. No record can stop a replica.
+
+Every record counts one version, whatever its verdict.
+"""
+
+import enum
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from everpool.records import (
+    MAX_MEMORY_BYTES,
+    Allocate,
+    Delete,
+    Entry,
+    Fence,
+    FetchAdd,
+    Floor,
+    Payload,
+    Put,
+    Record,
+    Write,
+    payload_size,
+    session_start,
+)
+
+_BLOCK_SHIFT = 12
+_WIDE_BLOCKS = 16
+
+
+class Verdict(enum.IntEnum):
+    """What became of a record. Only `COMMITTED` has effects; the values are stored."""
+
+    COMMITTED = 0
+    CONFLICT = 1
+    BELOW_FLOOR = 2
+    NOT_FOUND = 3
+    EXISTS = 4
+    INVALID = 5
+    DUPLICATE = 6
+    GAP = 7
+    FENCED = 8
+    FORGOTTEN = 9
+
+
+VOID = frozenset({Verdict.DUPLICATE, Verdict.GAP, Verdict.FENCED, Verdict.FORGOTTEN})
+
+
+class Binding(NamedTuple):
+    """What a name is bound to: `size` is the bytes of memory, or -1 for a value."""
+
+    id: int
+    size: int
+
+
+class SessionState(msgspec.Struct, array_like=True):
+    """What is remembered of a session: how far it was decided, when, and its open fences."""
+
+    last_sequence: int
+    last_version: int
+    fences: list[int]
+
+
+class Catalog(Protocol):
+    """What the rule may ask a replica; the answers are functions of the log alone."""
+
+    def binding(self, name: str) -> Binding | None:
+        """Return what `name` is bound to."""
+        ...
+
+    def memory_size(self, id: int) -> int | None:
+        """Return the size of the memory object `id` in bytes, or None when there is none."""
+        ...
+
+    def session(self, session: bytes) -> SessionState | None:
+        """Return what is remembered of `session`."""
+        ...
+
+
+class Bind(NamedTuple):
+    """Effect: `name` is now value `id`. `replaced` is the object that it was bound to, or 0."""
+
+    name: str
+    id: int
+    payload: Payload
+    replaced: int
+
+
+class BindMemory(NamedTuple):
+    """Effect: `name` is now `size` zero bytes of memory with this id."""
+
+    name: str
+    id: int
+    size: int
+    header: bytes
+
+
+class Unbind(NamedTuple):
+    """Effect: `name` and object `id` are gone; `size` as in `Binding`."""
+
+    name: str
+    id: int
+    size: int
+
+
+class Store(NamedTuple):
+    """Effect: the bytes of memory `id` from `offset` on are the payload."""
+
+    id: int
+    offset: int
+    payload: Payload
+
+
+class Add(NamedTuple):
+    """Effect: the number at `offset` of memory `id` grows by `delta`; the old one is a result."""
+
+    id: int
+    offset: int
+    dtype: str
+    delta: bytes
+
+
+class SetFloor(NamedTuple):
+    """Effect: the floor is now `version`."""
+
+    version: int
+
+
+class SetFence(NamedTuple):
+    """Effect: what is remembered of `session` is now `state`."""
+
+    session: bytes
+    state: SessionState
+
+
+Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence
+
+
+class Decision(NamedTuple):
+    """The verdict on one record: its version, what it was about, and what to apply."""
+
+    verdict: Verdict
+    version: int
+    detail: str
+    effects: list[Effect]
+    next_id: int
+
+
+class _RangeLog:
+    """The writes to one memory object, newest last, also by block for quick answers."""
+
+    __slots__ = ("all", "blocks", "wide")
+
+    def __init__(self) -> None:
+        self.all: list[tuple[int, int, int]] = []
+        self.wide: list[tuple[int, int, int]] = []
+        self.blocks: dict[int, list[tuple[int, int, int]]] = {}
+
+    def add(self, version: int, start: int, end: int) -> None:
+        write = (version, start, end)
+        self.all.append(write)
+        first, last = start >> _BLOCK_SHIFT, (end - 1) >> _BLOCK_SHIFT
+        if last - first >= _WIDE_BLOCKS:
+            self.wide.append(write)
+            return
+        blocks = self.blocks
+        for block in range(first, last + 1):
+            known = blocks.get(block)
+            if known is None:
+                blocks[block] = [write]
+            else:
+                known.append(write)
+
+    def touched(self, start: int, end: int, after: int) -> bool:
+        first, last = start >> _BLOCK_SHIFT, (end - 1) >> _BLOCK_SHIFT
+        if last - first >= _WIDE_BLOCKS:
+            return _overlaps(self.all, start, end, after)
+        if self.wide and _overlaps(self.wide, start, end, after):
+            return True
+        for block in range(first, last + 1):
+            known = self.blocks.get(block)
+            if known is not None and _overlaps(known, start, end, after):
+                return True
+        return False
+
+
+def _overlaps(writes: list[tuple[int, int, int]], start: int, end: int, after: int) -> bool:
+    for version, write_start, write_end in reversed(writes):
+        if version <= after:
+            return False
+        if write_start < end and start < write_end:
+            return True
+    return False
+
+
+class Writes:
+    """What committed records wrote after version `base`, for judging snapshots from `base` on."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.names: dict[str, int] = {}
+        self.listings: list[tuple[int, str]] = []
+        self.ranges: dict[int, _RangeLog] = {}
+
+    def name(self, version: int, name: str) -> None:
+        """Note that `name` was bound or removed."""
+        self.names[name] = version
+
+    def listing(self, version: int, name: str) -> None:
+        """Note that `name` appeared or disappeared."""
+        self.listings.append((version, name))
+
+    def range(self, version: int, id: int, start: int, end: int) -> None:
+        """Note that bytes `start` up to `end` of memory `id` were written."""
+        if start < end:
+            log = self.ranges.get(id)
+            if log is None:
+                log = self.ranges[id] = _RangeLog()
+            log.add(version, start, end)
+
+    def name_touched(self, name: str, after: int) -> bool:
+        """Whether `name` was bound or removed after that version."""
+        return self.names.get(name, 0) > after
+
+    def prefix_touched(self, prefix: str, after: int) -> bool:
+        """Whether a name under `prefix` appeared or disappeared after that version."""
+        first = bisect_right(self.listings, after, key=_version)
+        return any(
+            self.listings[at][1].startswith(prefix) for at in range(first, len(self.listings))
+        )
+
+    def range_touched(self, id: int, start: int, end: int, after: int) -> bool:
+        """Whether a byte of the range was written after that version."""
+        log = self.ranges.get(id)
+        return log is not None and start < end and log.touched(start, end, after)
+
+    def since(self, floor: int) -> "Writes":
+        """Return a copy without the writes up to `floor`."""
+        return Writes.load(self.dump(floor))
+
+    def dump(self, after: int) -> "WritesDump":
+        """Return what was written after that version, as plain data."""
+        return WritesDump(
+            max(after, self.base),
+            [(version, name) for name, version in self.names.items() if version > after],
+            [item for item in self.listings if item[0] > after],
+            [
+                (version, id, start, end)
+                for id, log in self.ranges.items()
+                for version, start, end in log.all
+                if version > after
+            ],
+        )
+
+    @classmethod
+    def load(cls, dump: "WritesDump") -> "Writes":
+        """Return the writes that `dump` holds."""
+        writes = cls(dump.base)
+        for version, name in dump.names:
+            writes.name(version, name)
+        writes.listings = sorted(dump.listings)
+        for version, id, start, end in sorted(dump.ranges):
+            writes.range(version, id, start, end)
+        return writes
+
+
+class WritesDump(msgspec.Struct, array_like=True):
+    """The write sets since a floor, as a checkpoint carries them."""
+
+    base: int
+    names: list[tuple[int, str]]
+    listings: list[tuple[int, str]]
+    ranges: list[tuple[int, int, int, int]]
+
+
+def _version(item: tuple[int, str]) -> int:
+    return item[0]
+
+
+def note_effects(writes: Writes, version: int, effects: Iterable[Effect]) -> None:
+    """Add what a committed record wrote to `writes`."""
+    present: dict[str, tuple[bool, bool]] = {}
+    for effect in effects:
+        match effect:
+            case Store(id, offset, payload):
+                writes.range(version, id, offset, offset + payload_size(payload))
+            case Add(id, offset, _, delta):
+                writes.range(version, id, offset, offset + len(delta))
+            case Bind(name, _, _, replaced):
+                writes.name(version, name)
+                before = present.get(name)
+                present[name] = (bool(replaced) if before is None else before[0], True)
+            case BindMemory(name):
+                writes.name(version, name)
+                before = present.get(name)
+                present[name] = (False if before is None else before[0], True)
+            case Unbind(name, id, size):
+                writes.name(version, name)
+                writes.range(version, id, 0, size)
+                before = present.get(name)
+                present[name] = (True if before is None else before[0], False)
+            case _:
+                pass
+    for name, (was, remains) in present.items():
+        if was != remains:
+            writes.listing(version, name)
+
+
+class Judge:
+    """Gives verdicts in log order. `version`, `floor` and `next_id` are as of the last one."""
+
+    def __init__(
+        self, catalog: Catalog, writes: Writes, *, version: int, floor: int, next_id: int
+    ) -> None:
+        self.catalog = catalog
+        self.writes = writes
+        self.version = version
+        self.floor = floor
+        self.next_id = next_id
+
+    def entry(self, entry: Entry) -> Iterator[tuple[Decision, SessionState | None]]:
+        """Decide the records of `entry`, one at a time.
+
+        The caller applies each decision's effects to the catalog, and remembers the session's
+        state that comes with it, before it asks for the next.
+        """
+        for at, record in enumerate(entry.records):
+            sequence = entry.first_sequence + at
+            state = self._session(entry.session)
+            verdict = self._identity(entry.session, state, sequence)
+            if verdict is None or verdict is Verdict.FENCED:
+                fences = [fence for fence in state.fences if fence > sequence] if state else []
+                after = SessionState(sequence, self.version + 1, fences)
+            else:
+                after = None
+            if verdict is None:
+                decision = self._decide(record)
+                for effect in decision.effects:
+                    if type(effect) is SetFence and effect.session == entry.session and after:
+                        after.fences = [f for f in effect.state.fences if f > sequence]
+                yield decision, after
+            else:
+                self.version += 1
+                detail = f"record {sequence} of its session"
+                yield Decision(verdict, self.version, detail, [], self.next_id), after
+
+    def _session(self, session: bytes) -> SessionState | None:
+        state = self.catalog.session(session)
+        return None if state is None or state.last_version < self.floor else state
+
+    def _identity(
+        self, session: bytes, state: SessionState | None, sequence: int
+    ) -> Verdict | None:
+        if state is None:
+            if session_start(session) < self.floor:
+                return Verdict.FORGOTTEN
+            return None if sequence == 1 else Verdict.GAP
+        if sequence <= state.last_sequence:
+            return Verdict.DUPLICATE
+        if sequence > state.last_sequence + 1:
+            return Verdict.GAP
+        return Verdict.FENCED if sequence in state.fences else None
+
+    def _decide(self, record: Record) -> Decision:
+        snapshot = record.snapshot
+        self.version += 1
+        if snapshot < self.floor:
+            return self._abort(Verdict.BELOW_FLOOR, f"version {snapshot}")
+        if snapshot >= self.version:
+            return self._abort(Verdict.INVALID, f"snapshot {snapshot} is of the future")
+        if record.names or record.prefixes or record.ranges:
+            detail = self.conflict(record)
+            if detail is not None:
+                return self._abort(Verdict.CONFLICT, detail)
+        effects: list[Effect] = []
+        try:
+            next_id = self._effects(record, effects)
+        except _Refused as refused:
+            return self._abort(refused.verdict, refused.detail)
+        self.next_id = next_id
+        note_effects(self.writes, self.version, effects)
+        for effect in effects:
+            if type(effect) is SetFloor:
+                self.floor = effect.version
+        return Decision(Verdict.COMMITTED, self.version, "", effects, next_id)
+
+    def _abort(self, verdict: Verdict, detail: str) -> Decision:
+        return Decision(verdict, self.version, detail, [], self.next_id)
+
+    def conflict(self, record: Record) -> str | None:
+        """Return what the record read that was written after its snapshot, in words, or None."""
+        writes, snapshot = self.writes, record.snapshot
+        for name in record.names:
+            if writes.name_touched(name, snapshot):
+                return f"{name!r}"
+        for prefix in record.prefixes:
+            if writes.prefix_touched(prefix, snapshot):
+                return f"the names under {prefix!r}"
+        for id, start, end in record.ranges:
+            if writes.range_touched(id, start, end, snapshot):
+                return f"bytes {start} to {end} of object {id}"
+        return None
+
+    def _effects(self, record: Record, effects: list[Effect]) -> int:
+        """Append the record's effects; returns the next free object id; raises `_Refused`."""
+        catalog = self.catalog
+        next_id = self.next_id
+        overlay: dict[str, Binding | None] = {}
+        created: list[tuple[int, int]] = []
+        gone: set[int] = set()
+
+        def binding(name: str) -> Binding | None:
+            return overlay[name] if name in overlay else catalog.binding(name)
+
+        def target(object: int, offset: int, size: int) -> int:
+            if object < 0:
+                if -object > len(created):
+                    raise _Refused(Verdict.NOT_FOUND, f"object {object}")
+                id, limit = created[-object - 1]
+            else:
+                id, limit = object, catalog.memory_size(object)
+            if limit is None or id in gone:
+                raise _Refused(Verdict.NOT_FOUND, f"object {object}")
+            if offset < 0 or offset + size > limit:
+                raise _Refused(
+                    Verdict.INVALID, f"bytes {offset} to {offset + size} of {limit} in object {id}"
+                )
+            return id
+
+        for operation in record.operations:
+            match operation:
+                case Write(object, offset, payload):
+                    id = target(object, offset, payload_size(payload))
+                    effects.append(Store(id, offset, payload))
+                case Put(name, payload):
+                    old = binding(name)
+                    if old is not None and old.size >= 0:
+                        raise _Refused(Verdict.EXISTS, f"{name!r} is memory")
+                    effects.append(Bind(name, next_id, payload, old.id if old else 0))
+                    overlay[name] = Binding(next_id, -1)
+                    next_id += 1
+                case FetchAdd(object, offset, dtype, delta):
+                    id = target(object, offset, len(delta))
+                    effects.append(Add(id, offset, dtype, delta))
+                case Delete(name):
+                    old = binding(name)
+                    if old is None:
+                        raise _Refused(Verdict.NOT_FOUND, f"{name!r}")
+                    effects.append(Unbind(name, *old))
+                    overlay[name] = None
+                    gone.add(old.id)
+                case Allocate(name, size, header):
+                    if binding(name) is not None:
+                        raise _Refused(Verdict.EXISTS, f"{name!r}")
+                    if not 0 < size <= MAX_MEMORY_BYTES:
+                        raise _Refused(Verdict.INVALID, f"{size} bytes for {name!r}")
+                    effects.append(BindMemory(name, next_id, size, header))
+                    overlay[name] = Binding(next_id, size)
+                    created.append((next_id, size))
+                    next_id += 1
+                case Floor(version):
+                    effects.append(SetFloor(max(self.floor, min(version, self.version))))
+                case Fence(session, sequence):
+                    state = self._session(session)
+                    if state is None:
+                        if session_start(session) < self.floor:
+                            continue  # forgotten: its records are void already
+                        state = SessionState(0, self.version, [])
+                    if sequence > state.last_sequence:
+                        fences = sorted({*state.fences, sequence})
+                        state = SessionState(state.last_sequence, self.version, fences)
+                        effects.append(SetFence(session, state))
+        return next_id
+
+
+class _Refused(Exception):
+    """One operation cannot be applied, so the record aborts."""
+
+    def __init__(self, verdict: Verdict, detail: str) -> None:
+        self.verdict = verdict
+        self.detail = detail
