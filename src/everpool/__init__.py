@@ -1,0 +1,42 @@
+"""Everpool: one named, byte-addressable, transactional pool of memory that survives crashes."""
+
+from everpool.errors import (
+    ClosedError,
+    CommitUnknownError,
+    ConflictError,
+    CorruptionError,
+    EverpoolError,
+    ExistsError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from everpool.memory import Array, Memory
+from everpool.pool import Outcome, Pool
+from everpool.pool import open_pool as open
+from everpool.records import RecordId
+from everpool.transaction import Transaction
+from everpool.watch import Change, Watch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Array",
+    "Change",
+    "ClosedError",
+    "CommitUnknownError",
+    "ConflictError",
+    "CorruptionError",
+    "EverpoolError",
+    "ExistsError",
+    "InvalidError",
+    "Memory",
+    "NotFoundError",
+    "Outcome",
+    "Pool",
+    "RecordId",
+    "Transaction",
+    "UnavailableError",
+    "Watch",
+    "open",
+]

@@ -143,10 +143,10 @@ class SetFloor(NamedTuple):
 
 
 class SetFence(NamedTuple):
-    """Effect: what is remembered of `session` is now `state`."""
+    """Effect: what is remembered of `session` is now `state`; None changes nothing."""
 
     session: bytes
-    state: SessionState
+    state: SessionState | None
 
 
 Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence
@@ -322,6 +322,21 @@ def note_effects(writes: Writes, version: int, effects: Iterable[Effect]) -> Non
             writes.listing(version, name)
 
 
+def find_conflict(writes: Writes, record: Record) -> str | None:
+    """Return what `record` read that was written after its snapshot, in words, or None."""
+    snapshot = record.snapshot
+    for name in record.names:
+        if writes.name_touched(name, snapshot):
+            return f"{name!r}"
+    for prefix in record.prefixes:
+        if writes.prefix_touched(prefix, snapshot):
+            return f"the names under {prefix!r}"
+    for id, start, end in record.ranges:
+        if writes.range_touched(id, start, end, snapshot):
+            return f"bytes {start} to {end} of object {id}"
+    return None
+
+
 class Judge:
     """Gives verdicts in log order. `version`, `floor` and `next_id` are as of the last one."""
 
@@ -352,8 +367,9 @@ class Judge:
             if verdict is None:
                 decision = self._decide(record)
                 for effect in decision.effects:
-                    if type(effect) is SetFence and effect.session == entry.session and after:
-                        after.fences = [f for f in effect.state.fences if f > sequence]
+                    if type(effect) is SetFence and effect.session == entry.session:
+                        if after and effect.state:
+                            after.fences = [f for f in effect.state.fences if f > sequence]
                 yield decision, after
             else:
                 self.version += 1
@@ -376,6 +392,19 @@ class Judge:
         if sequence > state.last_sequence + 1:
             return Verdict.GAP
         return Verdict.FENCED if sequence in state.fences else None
+
+    def _fenced(self, session: bytes, sequence: int) -> SessionState | None:
+        """Return the session's state with a fence for `sequence`, or None where none is needed."""
+        state = self._session(session)
+        if state is None:
+            if session_start(session) < self.floor:
+                return None  # forgotten: its records are void already
+            return SessionState(0, self.version, [sequence])
+        if sequence <= state.last_sequence:
+            return None
+        return SessionState(
+            state.last_sequence, self.version, sorted({*state.fences, sequence})
+        )
 
     def _decide(self, record: Record) -> Decision:
         snapshot = record.snapshot
@@ -405,17 +434,7 @@ class Judge:
 
     def conflict(self, record: Record) -> str | None:
         """Return what the record read that was written after its snapshot, in words, or None."""
-        writes, snapshot = self.writes, record.snapshot
-        for name in record.names:
-            if writes.name_touched(name, snapshot):
-                return f"{name!r}"
-        for prefix in record.prefixes:
-            if writes.prefix_touched(prefix, snapshot):
-                return f"the names under {prefix!r}"
-        for id, start, end in record.ranges:
-            if writes.range_touched(id, start, end, snapshot):
-                return f"bytes {start} to {end} of object {id}"
-        return None
+        return find_conflict(self.writes, record)
 
     def _effects(self, record: Record, effects: list[Effect]) -> int:
         """Append the record's effects; returns the next free object id; raises `_Refused`."""
@@ -451,7 +470,7 @@ class Judge:
                 case Put(name, payload):
                     old = binding(name)
                     if old is not None and old.size >= 0:
-                        raise _Refused(Verdict.EXISTS, f"{name!r} is memory")
+                        raise _Refused(Verdict.EXISTS, f"memory {name!r}")
                     effects.append(Bind(name, next_id, payload, old.id if old else 0))
                     overlay[name] = Binding(next_id, -1)
                     next_id += 1
@@ -477,15 +496,7 @@ class Judge:
                 case Floor(version):
                     effects.append(SetFloor(max(self.floor, min(version, self.version))))
                 case Fence(session, sequence):
-                    state = self._session(session)
-                    if state is None:
-                        if session_start(session) < self.floor:
-                            continue  # forgotten: its records are void already
-                        state = SessionState(0, self.version, [])
-                    if sequence > state.last_sequence:
-                        fences = sorted({*state.fences, sequence})
-                        state = SessionState(state.last_sequence, self.version, fences)
-                        effects.append(SetFence(session, state))
+                    effects.append(SetFence(session, self._fenced(session, sequence)))
         return next_id
 
 

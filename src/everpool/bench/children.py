@@ -5,6 +5,7 @@ answers with one line of JSON per question, reads its questions from standard in
 that is closed: no child outlives the benchmark.
 """
 
+import contextlib
 import gc
 import json
 import mmap
@@ -31,15 +32,15 @@ class Child:
 
     def __init__(self, job: str, *arguments: object) -> None:
         # The child must find the same everpool that runs here, installed or not.
-        root = str(Path(__file__).parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2])]
+        self._answers_only = job.startswith("watch")
         self._process = subprocess.Popen(
             dying_with_us(
                 [sys.executable, "-m", "everpool.bench.children", job, *map(str, arguments)]
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(reversed(paths))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             start_new_session=True,
         )
 
@@ -74,10 +75,13 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the child, at once if it does not go when told."""
+        """End the child: a worker goes when its input is closed, a watcher has to be told."""
+        if self._answers_only:
+            self._process.terminate()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):
+                    pipe.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -105,10 +109,8 @@ def memory_bytes(field: str) -> int:
 
 def forget_peak() -> None:
     """Start `VmHWM` afresh, where the kernel allows it."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def work(kind: str, folder: str, redis_port: str, what: str, first_key: str) -> None:
@@ -116,6 +118,8 @@ def work(kind: str, folder: str, redis_port: str, what: str, first_key: str) -> 
     store = open_store(kind, Path(folder), int(redis_port))
     keys = cycle([store.key(int(first_key) + index) for index in range(200)])
     value = bytes(range(128))
+    if kind == "dict":
+        store.load((store.key(int(first_key) + index), value) for index in range(200))
     get, put = store.get, store.put
     say("ready")
     for line in sys.stdin:
@@ -151,9 +155,9 @@ def watch_redis(port: str) -> None:
 
 
 def watch_pipe() -> None:
-    """Tell the moment at which each byte on standard input arrives."""
+    """Tell the moment at which each line on standard input arrives."""
     say("ready")
-    while os.read(0, 1):
+    while os.read(0, 1000):
         say(time.monotonic_ns())
 
 
@@ -194,7 +198,7 @@ def bulk_memory(kind: str, folder: str, size: str) -> None:
         path = Path(folder) / "file"
         path.parent.mkdir(parents=True)
         with open(path, "wb", buffering=0) as file:
-            write_all(file.fileno(), memoryview(source).cast("B"))
+            write_all(file.fileno(), source.data.cast("B"))
             os.fsync(file.fileno())
     say({"bytes": max(memory_bytes("VmHWM") - before, 1)})
     if pool is not None:

@@ -33,6 +33,30 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
+class DictStore:
+    """The limit of a read: a Python dict, which shares with nobody and forgets everything."""
+
+    title = "dict"
+
+    def __init__(self) -> None:
+        self._items: dict[str, bytes] = {}
+
+    def key(self, index: int) -> str:
+        return f"key/{index:07d}"
+
+    def get(self, key: str) -> bytes:
+        return self._items[key]
+
+    def put(self, key: str, value: bytes) -> None:
+        self._items[key] = value
+
+    def load(self, items: Iterable[tuple[str, bytes]]) -> None:
+        self._items.update(items)
+
+    def close(self) -> None:
+        self._items.clear()
+
+
 class EverpoolStore:
     """The pool under test, by its public interface."""
 
@@ -57,7 +81,7 @@ class EverpoolStore:
                     tx[key] = value
 
     def put_pipelined(self, keys: Sequence[str], value: bytes) -> None:
-        """Commit one transaction per key without waiting in between; return when all are durable."""
+        """Commit one transaction per key without waiting; return when all are durable."""
         committed: list[Future[int]] = []
         for key in keys:
             with self.pool.transaction(wait=False) as tx:
@@ -187,8 +211,9 @@ class AppendFile:
 
 
 def open_store(kind: str, folder: Path, redis_port: int) -> Store:
-    """A store by its kind: `everpool`, `lmdb`, `sqlite` or `redis`; for worker processes."""
+    """A store by its kind: `dict`, `everpool`, `lmdb`, `sqlite` or `redis`."""
     makers: dict[str, Callable[[], Store]] = {
+        "dict": DictStore,
         "everpool": lambda: EverpoolStore(folder),
         "lmdb": lambda: LmdbStore(folder),
         "sqlite": lambda: SqliteStore(folder),

@@ -157,7 +157,7 @@ def text_of(cost: float, style: Style) -> str:
     """A cost in words: a time, a rate, GB/s (for a cost per byte) or a size."""
     match style:
         case "rate":
-            return f"{1 / cost:,.0f}/s"
+            return f"{1 / cost:,.0f}/s" if cost > 1e-6 else f"{1e-6 / cost:.3g} million/s"
         case "bandwidth":
             return f"{1 / cost / 1e9:.2f} GB/s"
         case "bytes":

@@ -195,11 +195,6 @@ class RaySession:
     def get(self, reference: Any) -> Any:
         return self._ray.get(reference)
 
-    def free(self, reference: Any) -> None:
-        """Drop an object from the store before the next round wants the room."""
-        internal: Any = importlib.import_module("ray._private.internal_api")
-        internal.free([reference])
-
     def close(self) -> None:
         self._ray.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)

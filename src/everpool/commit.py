@@ -1,0 +1,372 @@
+"""Group commit: the commits of a process's threads share one flush.
+
+An idle committer lets the calling thread commit by itself, which costs no hand-over. Whoever
+finds it busy queues up, and a thread of the committer's own commits what has gathered, one entry
+after another, until the queue has been empty for a moment.
+"""
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
+
+from everpool.errors import (
+    ClosedError,
+    CommitUnknownError,
+    ConflictError,
+    EverpoolError,
+    ExistsError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from everpool.records import Payload, Put, Record, Write, payload_size
+from everpool.replica.bulk import BulkFiles, Staged
+from everpool.replica.flush import Flusher
+from everpool.replica.index import translated
+from everpool.replica.lock import WriterLock
+from everpool.replica.replica import Replica
+from everpool.replica.writer import Result, Writer
+from everpool.verdict import Verdict
+
+_BATCH_RECORDS = 512
+_BATCH_BYTES = 4 << 20
+_QUEUE_RECORDS = 4096
+_QUEUE_BYTES = 64 << 20
+_LINGER_S = 0.001
+_RECORD_BYTES = 200
+
+
+class Submission:
+    """A record on its way. `result` or `error` is set before whoever waits is woken."""
+
+    __slots__ = ("_future", "_woken", "error", "record", "result", "size", "staged")
+
+    def __init__(self, record: Record, staged: list[Staged]) -> None:
+        self.record = record
+        self.staged = staged
+        self.size = _RECORD_BYTES + sum(
+            _inline_size(operation.payload)
+            for operation in record.operations
+            if type(operation) is Put or type(operation) is Write
+        )
+        self.result: Result | None = None
+        self.error: BaseException | None = None
+        self._woken: threading.Lock | None = None
+        self._future: Future[int] | None = None
+
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    def prepare_wait(self) -> None:
+        """Arrange for `wait`; call it before the submission is queued."""
+        self._woken = threading.Lock()
+        self._woken.acquire()
+
+    def wait(self) -> None:
+        """Sleep until the outcome is known."""
+        if self._woken is not None and not self.done():
+            self._woken.acquire()
+
+    def future(self) -> Future[int]:
+        """Return a future of the version that the record commits as."""
+        with _futures:
+            if self._future is None:
+                self._future = Future()
+            future = self._future
+        if self.done():
+            self._resolve(future)
+        return future
+
+    def version(self) -> int:
+        """Return the version the record committed as; raises what kept it from committing."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None, "the outcome is not known yet"
+        error = error_of(self.result, self.record.snapshot)
+        if error is not None:
+            raise error
+        return self.result.version
+
+    def settle(self, result: Result | None, error: BaseException | None, bulk: BulkFiles) -> None:
+        """Set the outcome and wake whoever waits for it."""
+        if self.staged:
+            refused = result is not None and result.verdict is not Verdict.COMMITTED
+            failed = isinstance(error, EverpoolError) and not isinstance(error, CommitUnknownError)
+            for staged in self.staged:
+                if refused or failed:
+                    bulk.discard(staged)
+                else:
+                    staged.release()
+        self.result, self.error = result, error
+        if self._woken is not None:
+            self._woken.release()
+        if self._future is not None:
+            self._resolve(self._future)
+
+    def abandon(self) -> None:
+        """In a forked child: nobody here will ever learn the outcome."""
+        self.error = ClosedError("this commit belongs to the parent process: ask there")
+        if self._future is not None:
+            self._future._condition = threading.Condition()  # pyright: ignore[reportPrivateUsage]
+            self._resolve(self._future)
+
+    def _resolve(self, future: Future[int]) -> None:
+        with contextlib.suppress(InvalidStateError):
+            try:
+                version = self.version()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(version)
+
+
+_futures = threading.Lock()
+
+
+def reset_after_fork() -> None:
+    """In a forked child: nobody holds the lock that somebody may have held in the parent."""
+    global _futures
+    _futures = threading.Lock()
+
+
+def _inline_size(payload: Payload) -> int:
+    return payload_size(payload) if isinstance(payload, bytes) else 0
+
+
+def error_of(result: Result, snapshot: int) -> EverpoolError | None:
+    """Return the error that a verdict means to the caller, or None when it committed."""
+    detail = result.detail
+    match result.verdict:
+        case Verdict.COMMITTED:
+            return None
+        case Verdict.CONFLICT:
+            return ConflictError(
+                f"{detail} changed after version {snapshot}, which this transaction read: run it "
+                "again",
+                snapshot=snapshot,
+                version=result.version,
+            )
+        case Verdict.BELOW_FLOOR:
+            return ConflictError(
+                f"the transaction began at version {snapshot}, too long ago to be judged: run it "
+                "again, and keep it shorter",
+                snapshot=snapshot,
+            )
+        case Verdict.NOT_FOUND:
+            return NotFoundError(f"{detail} does not exist, or was deleted: look the name up again")
+        case Verdict.EXISTS:
+            return ExistsError(f"{detail} exists already: delete it first, or choose another name")
+        case Verdict.INVALID:
+            return InvalidError(f"{detail}: outside of what exists")
+        case _:
+            return ConflictError(f"{detail} was void: run the transaction again")
+
+
+class Committer:
+    """Commits what a process's threads submit, in the order of submission."""
+
+    def __init__(self, replica: Replica, timeout_s: float) -> None:
+        assert replica.lock is not None
+        self._replica = replica
+        self._lock: WriterLock = replica.lock
+        self._timeout_s = timeout_s
+        self._writer = Writer(replica)
+        self._flusher = Flusher(replica, self._writer)
+        self._flushing = threading.Lock()
+        self._queue: deque[Submission] = deque()
+        self._queue_bytes = 0
+        self._running: list[Submission] = []
+        self._leader = threading.Lock()
+        self._mutex = threading.Lock()
+        self._room = threading.Condition(self._mutex)
+        self._work = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def commit(self, submission: Submission) -> None:
+        """Commit and return when the outcome is known."""
+        if not self._queue and self._leader.acquire(blocking=False):
+            try:
+                if not self._queue:
+                    self._run([submission])
+                    return
+            finally:
+                self._leader.release()
+                if self._queue:
+                    self._work.set()
+        submission.prepare_wait()
+        self.enqueue(submission)
+        submission.wait()
+
+    def enqueue(self, submission: Submission) -> None:
+        """Queue the submission; waits while too much is queued."""
+        with self._mutex:
+            while len(self._queue) >= _QUEUE_RECORDS or self._queue_bytes >= _QUEUE_BYTES:
+                self._room.wait()
+            if self._closed:
+                raise ClosedError("the pool is closed: open it again")
+            self._queue.append(submission)
+            self._queue_bytes += submission.size
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._serve, name="everpool-commit", daemon=True
+                )
+                self._thread.start()
+        if not self._work.is_set():
+            self._work.set()
+
+    def drain(self) -> None:
+        """Return when everything submitted before has an outcome."""
+        with self._mutex:
+            last = self._queue[-1] if self._queue else None
+        if last is not None:
+            with contextlib.suppress(BaseException):
+                last.future().exception()
+        with self._leader:
+            pass
+
+    def recover(self, *, wait: bool) -> None:
+        """Finish what a dead process left undone.
+
+        With `wait`, waits for the writer's lock; else leaves it to a live writer.
+        """
+        with self._leader:
+            if self._acquire(self._timeout_s if wait else 0):
+                try:
+                    self._writer.recover()
+                finally:
+                    self._lock.release()
+            elif wait:
+                raise self._busy()
+
+    def flush(self) -> None:
+        """Make mapped memory durable and trim the tail."""
+        with self._flushing:
+            self._holding_lock(self._flusher.rewrite)
+            flushed = self._flusher.sync()
+            self._holding_lock(lambda: self._flusher.commit(flushed))
+
+    def close(self) -> None:
+        """Commit what is queued, and stop."""
+        self.drain()
+        with self._mutex:
+            self._closed = True
+        self._work.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._flushing:
+            pass
+
+    def pending(self) -> list[Submission]:
+        """Return what has no outcome yet."""
+        return [*self._running, *self._queue]
+
+    def _serve(self) -> None:
+        while True:
+            self._work.wait()
+            with self._leader:
+                while True:
+                    self._work.clear()
+                    batch = self._take()
+                    if batch:
+                        self._running = batch
+                        self._run(batch)
+                        self._running = []
+                    elif self._closed or not self._work.wait(_LINGER_S):
+                        break
+            if self._closed and not self._queue:
+                return
+
+    def _take(self) -> list[Submission]:
+        with self._mutex:
+            batch: list[Submission] = []
+            size = 0
+            queue = self._queue
+            while queue and len(batch) < _BATCH_RECORDS and size < _BATCH_BYTES:
+                submission = queue.popleft()
+                size += submission.size
+                batch.append(submission)
+            self._queue_bytes -= size
+            if batch:
+                self._room.notify_all()
+            return batch
+
+    def _run(self, batch: list[Submission]) -> None:
+        """Commit a batch as one entry and settle its submissions."""
+        try:
+            results = self._append([submission.record for submission in batch], batch)
+        except BaseException as error:
+            alone = len(batch) == 1 or isinstance(error, CommitUnknownError)
+            if alone or not isinstance(error, EverpoolError):
+                for submission in batch:
+                    submission.settle(None, error, self._replica.bulk)
+                if not isinstance(error, Exception):
+                    raise
+                return
+            # One record that the disk has no room for must not fail the others.
+            for submission in batch:
+                self._run([submission])
+            return
+        for submission, result in zip(batch, results, strict=True):
+            if result.verdict is Verdict.FENCED:
+                self._run([submission])
+            else:
+                submission.settle(result, None, self._replica.bulk)
+
+    def _append(self, records: list[Record], batch: list[Submission]) -> list[Result]:
+        if not self._acquire(self._timeout_s):
+            raise self._busy()
+        try:
+            for submission in batch:
+                for staged in submission.staged:
+                    if not staged.exists():
+                        raise UnavailableError(
+                            f"the staged file {staged.reference.file} is gone: try again"
+                        )
+            results = self._writer.commit(records)
+        finally:
+            self._lock.release()
+        if self._flusher.due(*self._writer.progress) and self._flushing.acquire(blocking=False):
+            self._flushing.release()
+            threading.Thread(target=self._flush_quietly, name="everpool-flush", daemon=True).start()
+        return results
+
+    def _flush_quietly(self) -> None:
+        """Flush in the background; what fails is tried again when the next flush is due."""
+        with contextlib.suppress(EverpoolError):
+            self.flush()
+
+    def _holding_lock(self, work: Callable[[], None]) -> None:
+        with self._leader:
+            if not self._acquire(self._timeout_s):
+                raise self._busy()
+            try:
+                work()
+            finally:
+                self._lock.release()
+
+    def _acquire(self, timeout_s: float) -> bool:
+        with translated("taking the writer's lock"):
+            if not self._lock.acquire(timeout_s):
+                return False
+        self._replica.shared.holder = os.getpid()
+        return True
+
+    def _busy(self) -> UnavailableError:
+        pid = self._replica.shared.holder
+        state = " and is stopped: continue it, or end it" if _is_stopped(pid) else ""
+        return UnavailableError(
+            f"process {pid} has kept the pool's writer lock for {self._timeout_s:g} s{state}; "
+            "nothing was committed",
+            pid=pid,
+        )
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    return False

@@ -1,0 +1,402 @@
+"""The pool: names, values and memory, as a user sees them."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from everpool import embedded, values
+from everpool.arrays import header_of, make_layout
+from everpool.embedded import DEFAULT_TIMEOUT_S, INLINE_BYTES, Engine
+from everpool.errors import ClosedError, ConflictError, ExistsError, InvalidError, NotFoundError
+from everpool.memory import Array, Memory, ValueArray, open_array
+from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, RecordId, check_name
+from everpool.replica.bulk import Staged
+from everpool.replica.index import INLINE, MEMORY, NameRow
+from everpool.replica.verify import Report, verify_folder
+from everpool.transaction import Transaction, check_size
+from everpool.watch import Watch
+
+T = TypeVar("T")
+_SHORTEST_WAIT_S = 0.0002
+_LONGEST_WAIT_S = 0.05
+_LOOKUP_TRIES = 20
+_MISSING = object()
+
+
+class Outcome(NamedTuple):
+    """What became of a record: "committed", "aborted" or "expired".
+
+    `version` is the one it committed as, `results` the old bytes of its additions, in order.
+    Expired means that it was decided longer ago than outcomes are kept.
+    """
+
+    state: str
+    version: int | None
+    results: list[bytes]
+
+
+class Pool(MutableMapping[str, Any]):
+    """A named, byte-addressable, transactional memory space. Made by `everpool.open`.
+
+    Every change is atomic and durable when the call that made it returns. Threads may share a
+    pool, and any number of processes may open it. In a forked child it opens itself again.
+    """
+
+    def __init__(
+        self, path: Path, *, create: bool, read_only: bool, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        self.path = path
+        self._read_only = read_only
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._engine: Engine = embedded.acquire(
+            path, create=create, read_only=read_only, timeout_s=timeout_s
+        )
+        self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<everpool.Pool {str(self.path)!r}{' closed' if self._closed else ''}>"
+
+    def __reduce__(self) -> Any:
+        return _reopen, (str(self.path), self._read_only, self._timeout_s)
+
+    # Mapping defines equality by content, which would read the whole pool.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # Lifetime
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what was pipelined and close. Views and arrays that are in use live on."""
+        if not self._closed:
+            self._closed = True
+            if self._process == os.getpid():
+                embedded.release(self._engine)
+
+    def engine(self) -> Engine:
+        """Return the engine of this process; raises `ClosedError`."""
+        if self._closed:
+            raise ClosedError(f"the pool {self.path} is closed: open it again")
+        engine = self._engine
+        if engine.generation != embedded.generation:
+            self._engine = engine = embedded.acquire(
+                self.path, create=False, read_only=self._read_only, timeout_s=self._timeout_s
+            )
+            self._process = os.getpid()
+        return engine
+
+    def writing_engine(self) -> Engine:
+        """Return the engine for a change; raises `InvalidError` when open read-only."""
+        if self._read_only:
+            raise InvalidError(f"the pool {self.path} is open read-only: open it for writing")
+        return self.engine()
+
+    # The mapping
+
+    def __getitem__(self, name: str) -> Any:
+        found = self._find(check_name(name))
+        if found is _MISSING:
+            raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
+        return found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what `name` is bound to, or `default`."""
+        found = self._find(check_name(name))
+        return default if found is _MISSING else found
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        check_name(name)
+        engine = self.writing_engine()
+        payload, staged = self.encode_value(value)
+        record = Record(engine.replica.version(), [], [], [], [Put(name, payload)])
+        engine.write(record, [] if staged is None else [staged]).version()
+
+    def __delitem__(self, name: str) -> None:
+        self._commit(Delete(check_name(name)))
+
+    def __contains__(self, name: object) -> bool:
+        replica = self.engine().replica
+        with replica.index.read() as txn:
+            return replica.index.name(txn, check_name(name)) is not None
+
+    def __len__(self) -> int:
+        return self.engine().replica.state().names
+
+    def __iter__(self) -> Iterator[str]:
+        return self.names()
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Yield the names under `prefix` in the order of their UTF-8 bytes.
+
+        Not of one version when they are many and others commit meanwhile; in a transaction they
+        are.
+        """
+        if type(prefix) is not str or "\0" in prefix:
+            raise InvalidError(f"a prefix is a str without NUL, not {prefix!r}")
+        return self.engine().replica.names(prefix)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Bind several names in one transaction."""
+        items = dict(*args, **kwargs)
+        self.run(lambda tx: tx.update(items))
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Remove `name` and return what it was bound to, atomically."""
+        if len(default) > 1:
+            raise TypeError(f"pop takes a name and a default, not {1 + len(default)} defaults")
+
+        def take(tx: Transaction) -> Any:
+            if default and name not in tx:
+                return default[0]
+            found = tx[name]
+            del tx[name]
+            return found
+
+        return self.run(take)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove and return the first name and its value, atomically."""
+
+        def take(tx: Transaction) -> tuple[str, Any]:
+            for name in tx.names():
+                found = tx[name]
+                del tx[name]
+                return name, found
+            raise NotFoundError(f"the pool {self.path} is empty")
+
+        return self.run(take)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return what `name` is bound to; bind it to `default` first when it is free."""
+
+        def ensure(tx: Transaction) -> bool:
+            if name in tx:
+                return False
+            tx[name] = default
+            return True
+
+        self.run(ensure)
+        return self[name]
+
+    def clear(self) -> None:
+        """Remove every name in one transaction."""
+
+        def remove(tx: Transaction) -> None:
+            for name in list(tx.names()):
+                del tx[name]
+
+        self.run(remove)
+
+    # Memory
+
+    def allocate(self, name: str, size: int) -> Memory:
+        """Bind a free name to `size` zero bytes of memory, which costs no disk until written to.
+
+        Raises `ExistsError` when the name is taken, `InvalidError` for sizes out of 1 to 2**46.
+        """
+        self._commit(Allocate(check_name(name), check_size(size), b""))
+        return self.memory(name)
+
+    def allocate_array(
+        self, name: str, shape: int | tuple[int, ...], dtype: DTypeLike = "float64"
+    ) -> Array:
+        """Bind a free name to an array of zeros in memory, mutable in place."""
+        layout = make_layout(shape, dtype)
+        size = max(1, layout.nbytes)
+        self._commit(Allocate(check_name(name), size, header_of(layout)))
+        return self.array(name)
+
+    def memory(self, name: str) -> Memory:
+        """Return a handle on memory. Raises `NotFoundError`, or `InvalidError` for a value."""
+        row = self._row(name)
+        if row.kind != MEMORY:
+            raise InvalidError(f"{name!r} is a value, not memory: read pool[{name!r}]", name=name)
+        return Memory(self, name, row.id, row.size, bytes(row.body))
+
+    def array(self, name: str) -> Array:
+        """Return a typed handle on an array: writable when allocated, read-only when a value."""
+        row = self._row(name)
+        if row.kind == MEMORY:
+            if not row.body:
+                raise InvalidError(
+                    f"{name!r} is memory without a type: use pool.memory({name!r})", name=name
+                )
+            return open_array(self, name, row.id, row.size, bytes(row.body))
+        found = self._decode(name, row)
+        if not isinstance(found, np.ndarray):
+            raise InvalidError(f"{name!r} is no array but {type(found).__name__}", name=name)
+        return ValueArray(name, cast("NDArray[Any]", found), row.version)
+
+    # Transactions
+
+    def transaction(self, wait: bool = True) -> Transaction:
+        """Begin a transaction; use it in a `with` statement.
+
+        With `wait=False`, leaving the block does not wait for the disk: `tx.committed` is a
+        future of the version. Such transactions commit in the order they were left.
+        """
+        return Transaction(self, wait=wait)
+
+    def run(
+        self,
+        function: Callable[[Transaction], T],
+        *,
+        attempts: int | None = None,
+        timeout_s: float = 60.0,
+    ) -> T:
+        """Call `function` with a transaction until it commits; returns what it returned.
+
+        Retries `ConflictError`, waiting longer each time, up to `attempts` times and for
+        `timeout_s`, then raises it.
+        """
+        deadline = time.monotonic() + timeout_s
+        wait_s, tried = _SHORTEST_WAIT_S, 0
+        while True:
+            try:
+                with self.transaction() as tx:
+                    result = function(tx)
+                return result
+            except ConflictError:
+                tried += 1
+                if tried == attempts or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, wait_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def outcome(self, id: RecordId | str) -> Outcome:
+        """Settle for good what became of a record whose answer was lost."""
+        if isinstance(id, str):
+            id = RecordId.parse(id)
+        return Outcome(*self.engine().outcome(id))
+
+    # Watching and looking after it
+
+    def watch(self, prefix: str = "", since: int | None = None) -> Watch:
+        """Return an iterator of the changes under `prefix`, from now on or after `since`.
+
+        It waits for the next change. Raises `InvalidError` when `since` is longer ago than
+        changes are kept.
+        """
+        return Watch(self, prefix, since)
+
+    @property
+    def version(self) -> int:
+        """The newest committed version that this process sees."""
+        return self.engine().replica.version()
+
+    def sync(self) -> int:
+        """Wait for what this process pipelined; returns the version, with all committed before."""
+        engine = self.engine()
+        if engine.committer is not None:
+            engine.committer.drain()
+        engine.settle()
+        return engine.replica.version()
+
+    def stats(self) -> dict[str, Any]:
+        """Return facts about the pool and this process's replica of it."""
+        return self.engine().stats()
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> Report:
+        """Read everything and compare it with its checksums, in a process of its own.
+
+        `progress` is called with the bytes read so far and the bytes in all.
+        """
+        engine = self.engine()
+        if not self._read_only:
+            engine.flush()
+        return verify_folder(self.path, progress)
+
+    # Used by transactions
+
+    def encode_value(self, value: Any) -> tuple[Payload, Staged | None]:
+        """Return a value as a record's payload, stored first when it is large."""
+        encoded = values.encode(value)
+        if encoded.size <= INLINE_BYTES:
+            return encoded.tobytes(), None
+        staged = self.writing_engine().stage(encoded)
+        return staged.reference, staged
+
+    def _commit(self, operation: Operation) -> None:
+        engine = self.writing_engine()
+        record = Record(engine.replica.version(), [], [], [], [operation])
+        engine.write(record, []).version()
+
+    def _row(self, name: str) -> NameRow:
+        row = self.engine().replica.find(check_name(name)).row
+        if row is None:
+            raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
+        return row
+
+    def _find(self, name: str) -> Any:
+        replica = self.engine().replica
+        index = replica.index
+        with index.read() as txn:
+            row = index.name(txn, name)
+            if row is None:
+                return _MISSING
+            if row.kind == INLINE:
+                return self._sound(name, row)
+            row = row._replace(body=bytes(row.body))
+        if row.kind == MEMORY:
+            header = bytes(row.body)
+            if header:
+                return open_array(self, name, row.id, row.size, header)
+            return Memory(self, name, row.id, row.size, header)
+        return self._decode(name, row)
+
+    def _decode(self, name: str, row: NameRow) -> Any:
+        for _ in range(_LOOKUP_TRIES):
+            if row.kind == INLINE:
+                return self._sound(name, row)
+            if row.kind == MEMORY:
+                raise ExistsError(f"{name!r} is memory now: look it up again", name=name)
+            data = self.engine().replica.bulk_data(name, row)
+            if data is not None:
+                return values.decode(data, zero_copy=True)
+            row = self._row(name)  # replaced between the two looks
+        raise ConflictError(f"{name!r} is replaced faster than it can be read: try again")
+
+    def _sound(self, name: str, row: NameRow) -> Any:
+        return values.decode(row.body, zero_copy=False)
+
+
+def open_pool(
+    path: str | os.PathLike[str],
+    *,
+    create: bool = True,
+    read_only: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Pool:
+    """Open the pool in the folder `path`, and make it when there is none and `create` is true.
+
+    Any number of processes may have it open at once. `timeout_s` says how long a commit waits for
+    another process that holds the writer's lock.
+
+    Raises `NotFoundError` when there is no pool and none is to be created, `InvalidError` when
+    the path cannot be a pool, `CorruptionError` when it is damaged.
+    """
+    try:
+        folder = Path(os.fsdecode(os.fspath(path))).absolute()
+    except TypeError:
+        raise InvalidError(f"{path!r} is no path") from None
+    if isinstance(path, str) and "://" in path:
+        raise InvalidError(f"{path!r} is a URL: this version opens pools at a path")
+    return Pool(folder, create=create and not read_only, read_only=read_only, timeout_s=timeout_s)
+
+
+def _reopen(path: str, read_only: bool, timeout_s: float) -> Pool:
+    return open_pool(path, create=False, read_only=read_only, timeout_s=timeout_s)

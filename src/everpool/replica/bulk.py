@@ -1,0 +1,232 @@
+"""Bulk files: large values, written once and never changed.
+
+A bulk file holds (integers are little-endian; n is the number of blocks):
+
+    size bytes    the data
+    8 n bytes     XXH3-64 of each block of 1 MiB of the data, the last one shorter
+    40 bytes      magic b"EVBULK\\0", format version 1 (1 byte), key id (4 bytes, 0 = not
+                  encrypted), block size (4 bytes), size (8 bytes), XXH3-128 of the table of
+                  checksums (16 bytes)
+
+A file is written to `staging/`, made durable there, and moved to `values/` once a record that
+names it is durable. What lies in `staging/` without a record is garbage: its writer holds a lock
+(flock) on it, so who finds one without that lock may delete it, under the writer's lock.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from everpool.errors import CorruptionError, InvalidError
+from everpool.records import Reference
+
+BLOCK_BYTES = 1 << 20
+_MAGIC = b"EVBULK\0"
+_FORMAT = 1
+_FOOTER = struct.Struct("<7sBIIQ16s")
+
+
+class Staged:
+    """A durable bulk file that no record names yet."""
+
+    def __init__(self, reference: Reference, descriptor: int) -> None:
+        self.reference = reference
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go of the file; without a record it is now garbage."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def exists(self) -> bool:
+        """Whether the file is still there for a record to name."""
+        return self._descriptor >= 0 and os.fstat(self._descriptor).st_nlink > 0
+
+
+class BulkFiles:
+    """The bulk files of one pool."""
+
+    def __init__(self, folder: Path) -> None:
+        self._staging = folder / "staging"
+        self._values = folder / "values"
+        self._maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
+
+    def folders(self) -> tuple[Path, Path]:
+        """Return the folders whose entries must be durable before the tail is trimmed."""
+        return self._staging, self._values
+
+    def stage(self, pieces: Iterable[bytes | memoryview], size: int) -> Staged:
+        """Write `size` bytes to a new file and make it durable; memory needed: one piece."""
+        name = uuid.uuid4().hex
+        path = self._staging / name
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            table = _write_checked(descriptor, pieces, size)
+            checksum = xxh3_128_digest(table)
+            footer = _FOOTER.pack(_MAGIC, _FORMAT, 0, BLOCK_BYTES, size, checksum)
+            _write(descriptor, table + footer)
+            os.fsync(descriptor)
+            sync_folder(self._staging)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        return Staged(Reference(name, size, checksum), descriptor)
+
+    def discard(self, staged: Staged) -> None:
+        """Delete a staged file that no record will name."""
+        (self._staging / staged.reference.file).unlink(missing_ok=True)
+        staged.release()
+
+    def publish(self, reference: Reference) -> None:
+        """Move the file of a durable record to its place. May be repeated."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self._staging / reference.file, self._values / reference.file)
+
+    def remove(self, file: str) -> None:
+        """Delete a file that nothing refers to any more. May be repeated; mappings live on."""
+        (self._values / file).unlink(missing_ok=True)
+        (self._staging / file).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete staged files whose writers are gone. Call with the writer's lock held."""
+        for path in list(self._staging.iterdir()):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
+
+    def stored(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield the name and status of every published file."""
+        with os.scandir(self._values) as entries:
+            for entry in entries:
+                yield entry.name, entry.stat()
+
+    def map(self, reference: Reference) -> memoryview:
+        """Return the file's data, mapped read-only; it lives as long as anything uses it.
+
+        Raises `FileNotFoundError` when the file is gone and `CorruptionError` when its length or
+        its footer is wrong. The data are not read.
+        """
+        mapped = self._maps.get(reference.file)
+        if mapped is None:
+            mapped = self._maps[reference.file] = self._open(reference)
+        return memoryview(mapped)[: reference.size]
+
+    def damage(self, reference: Reference) -> list[str]:
+        """Read the whole file; returns what is wrong with it, in words."""
+        try:
+            data = self.map(reference)
+        except FileNotFoundError:
+            return [f"its file {reference.file} is missing"]
+        except CorruptionError as error:
+            return [str(error)]
+        table = memoryview(self._maps[reference.file])[reference.size : -_FOOTER.size]
+        found: list[str] = []
+        if xxh3_128_digest(table) != reference.checksum:
+            found.append("its table of checksums does not match its record")
+        for at, (expected,) in enumerate(struct.iter_unpack("<Q", table)):
+            start = at * BLOCK_BYTES
+            if xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != expected:
+                end = min(start + BLOCK_BYTES, reference.size)
+                found.append(f"bytes {start} to {end} do not match their checksum")
+        return found
+
+    def _open(self, reference: Reference) -> mmap.mmap:
+        try:
+            descriptor = os.open(self._values / reference.file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # Its record is durable, but the file was not moved yet.
+            descriptor = os.open(self._staging / reference.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            length = os.fstat(descriptor).st_size
+            expected = stored_bytes(reference.size)
+            if length != expected:
+                raise CorruptionError(
+                    f"the file {reference.file} has {length} bytes instead of {expected}: "
+                    "restore it from a copy"
+                )
+            mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        _check_footer(mapped, reference)
+        return mapped
+
+
+def stored_bytes(size: int) -> int:
+    """Return the length of a bulk file that holds `size` bytes of data."""
+    return size + 8 * -(-size // BLOCK_BYTES) + _FOOTER.size
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_footer(mapped: mmap.mmap, reference: Reference) -> None:
+    footer = _FOOTER.unpack_from(mapped, len(mapped) - _FOOTER.size)
+    magic, version, key, block, size, checksum = footer
+    if magic == _MAGIC and version != _FORMAT:
+        raise InvalidError(f"the file {reference.file} has format {version}: upgrade")
+    expected = (_MAGIC, _FORMAT, BLOCK_BYTES, reference.size, reference.checksum)
+    if (magic, version, block, size, checksum) != expected:
+        raise CorruptionError(
+            f"the footer of the file {reference.file} does not match its record: "
+            "restore it from a copy"
+        )
+    if key:
+        raise InvalidError(f"the file {reference.file} is encrypted with key {key}: give the key")
+
+
+def _write_checked(descriptor: int, pieces: Iterable[bytes | memoryview], size: int) -> bytes:
+    """Write the pieces; returns the checksums of their blocks."""
+    table = bytearray()
+    rest = bytearray()
+    written = 0
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        written += len(view)
+        if rest:
+            taken = BLOCK_BYTES - len(rest)
+            rest += view[:taken]
+            view = view[taken:]
+            if len(rest) == BLOCK_BYTES:
+                _write_block(descriptor, rest, table)
+                rest.clear()
+        whole = len(view) - len(view) % BLOCK_BYTES
+        for start in range(0, whole, BLOCK_BYTES):
+            _write_block(descriptor, view[start : start + BLOCK_BYTES], table)
+        rest += view[whole:]
+    if rest:
+        _write_block(descriptor, rest, table)
+    assert written == size, f"{written} bytes were given instead of {size}"
+    return bytes(table)
+
+
+def _write_block(descriptor: int, block: bytearray | memoryview, table: bytearray) -> None:
+    table += xxh3_64_intdigest(block).to_bytes(8, "little")
+    _write(descriptor, block)
+
+
+def _write(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,109 @@
+"""Making mapped memory durable, so that the tail can be trimmed.
+
+The tail is trimmed only past versions whose memory files were fsynced. After a failed fsync the
+kernel may have forgotten the pages, so everything since the last good one is written again from
+the tail before the next try is believed.
+"""
+
+import contextlib
+
+from xxhash import xxh3_64_intdigest
+
+from everpool.errors import EverpoolError
+from everpool.records import Floor, Record
+from everpool.replica.bulk import sync_folder
+from everpool.replica.effects import effects_of, entry_of
+from everpool.replica.index import State, translated
+from everpool.replica.replica import Replica
+from everpool.replica.writer import BLOCK_SHIFT, Dirty, Flushed, Writer
+
+# A flush is due when this much was committed since the last one.
+FLUSH_VERSIONS = 1 << 13
+FLUSH_BYTES = 32 << 20
+# Transactions, watchers and outcomes may look back this far.
+KEPT_VERSIONS = 1 << 14
+KEPT_BYTES = 64 << 20
+
+
+class Flusher:
+    """Flushes one replica. Its methods are called by one thread at a time."""
+
+    def __init__(self, replica: Replica, writer: Writer) -> None:
+        self._replica = replica
+        self._writer = writer
+        self._failed = False
+
+    def due(self, version: int, tail_bytes: int, flushed: int) -> bool:
+        """Whether enough was committed since the last flush."""
+        return version - flushed >= FLUSH_VERSIONS or (
+            tail_bytes >= KEPT_BYTES + FLUSH_BYTES and version > flushed
+        )
+
+    def sync(self) -> Flushed:
+        """Make memory durable as of now; takes no lock.
+
+        Raises `UnavailableError` when the disk fails; then `rewrite` is needed before the next
+        call.
+        """
+        replica = self._replica
+        with translated("making memory durable"):
+            version = replica.shared.applied
+            dirty = Dirty()
+            with replica.index.read() as txn:
+                flushed = replica.index.state(txn).flushed
+                rows = list(replica.index.tail_after(txn, flushed))
+            for _, row in rows:
+                dirty.add_all(effects_of(entry_of(row), row), flushed)
+            try:
+                for id in dirty.blocks:
+                    replica.memories.sync(id)
+                for folder in (replica.memories.folder, *replica.bulk.folders()):
+                    sync_folder(folder)
+            except OSError:
+                self._failed = True
+                raise
+            return Flushed(version, self._checksums(dirty))
+
+    def rewrite(self) -> None:
+        """After a failed sync, write again what may be lost. Call with the writer's lock held."""
+        if self._failed:
+            with translated("writing memory again after a failed fsync"):
+                self._writer.redo_flushed(self._replica.state().flushed)
+            self._failed = False
+
+    def commit(self, flushed: Flushed) -> None:
+        """Note what is durable and raise the floor. Call with the writer's lock held."""
+        state = self._replica.state()
+        record = Record(state.version, [], [], [], [Floor(self._floor(state, flushed.version))])
+        self._writer.commit([record], flushed)
+
+    def _floor(self, state: State, flushed: int) -> int:
+        """Return the floor that keeps enough, and not much more, of the tail."""
+        floor = min(flushed, state.version - KEPT_VERSIONS)
+        if state.tail_bytes > KEPT_BYTES:
+            kept = 0
+            with self._replica.index.read() as txn:
+                for version, size in self._replica.index.tail_sizes_backwards(txn):
+                    kept += size
+                    if kept > KEPT_BYTES:
+                        floor = max(floor, min(flushed, version))
+                        break
+        return max(floor, state.floor)
+
+    def _checksums(self, dirty: Dirty) -> dict[int, dict[int, int]]:
+        found: dict[int, dict[int, int]] = {}
+        for id, blocks in dirty.blocks.items():
+            row = self._replica.memory_row(id)
+            if row is None:
+                continue
+            with contextlib.suppress(FileNotFoundError, EverpoolError):
+                view = memoryview(self._replica.memories.map(id, row.size))
+                found[id] = {block: block_checksum(view, block) for block in blocks}
+        return found
+
+
+def block_checksum(view: memoryview, block: int) -> int:
+    """Return the checksum of one block of memory."""
+    start = block << BLOCK_SHIFT
+    return xxh3_64_intdigest(view[start : start + (1 << BLOCK_SHIFT)])
+

@@ -1,0 +1,473 @@
+"""The index: what a replica keeps in LMDB. All LMDB errors are translated here.
+
+Each row ends with 8 bytes: XXH3-64 of what is before, seeded with XXH3-64 of the row's key, so
+that neither a damaged nor a misplaced row is taken for a sound one.
+
+    key                               row
+    "0"                               MessagePack, `State`
+    "1" session                       MessagePack, `SessionState`
+    "2" object id (8, big-endian)     version (8), size (8), name: memory
+    "3" object id, block (8 + 8)      XXH3-64 of a block of memory (8)
+    "4" name (see `_place`)           kind (1 byte), object id (8), version (8), size (8), body:
+                                      an inline value, a `Reference`, or an array's header
+    "5" last version (8, big-endian)  MessagePack, `TailRow`: an entry of the tail
+
+All of it is one B-tree, so that a small commit changes few pages.
+Integers in rows are little-endian. Kinds: 1 inline value, 2 value in a bulk file, 3 memory.
+LMDB keys are at most 511 bytes: a name longer than 500 bytes lies in the row of its first 500
+bytes and a NUL, which holds a MessagePack map of the rests of such names to their rows.
+"""
+
+import contextlib
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import lmdb
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from everpool.errors import (
+    CorruptionError,
+    EverpoolError,
+    InvalidError,
+    UnavailableError,
+)
+from everpool.records import Reference
+from everpool.verdict import SessionState
+
+FORMAT = 1
+INLINE, BULK, MEMORY = 1, 2, 3
+# Address space, not disk: LMDB maps this much once and is never resized.
+_MAP_BYTES = 1 << 42
+_MAX_READERS = 4096
+_LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
+_STATE, _SESSIONS, _MEMORIES, _BLOCKS, _NAMES, _TAIL = b"0", b"1", b"2", b"3", b"4", b"5"
+_NAME = struct.Struct("<BQQQ")
+_MEMORY = struct.Struct("<QQ")
+_LONG_NAME_BYTES = 500
+_SCAN_ROWS = 8192
+
+
+class State(msgspec.Struct, array_like=True):
+    """Where the replica is in its log. `hash` is the running hash at `position`."""
+
+    format: int
+    pool: bytes
+    version: int
+    position: int
+    hash: bytes
+    floor: int
+    flushed: int
+    next_id: int
+    names: int
+    tail_bytes: int
+    time_ns: int
+
+
+class NameRow(NamedTuple):
+    """What a name is bound to. `size` is the bytes of memory, or of the encoded value."""
+
+    kind: int
+    id: int
+    version: int
+    size: int
+    body: memoryview | bytes
+
+    def reference(self) -> Reference:
+        return _decode_reference(self.body)
+
+
+class MemoryRow(NamedTuple):
+    """A memory object: the last version that changed it, its size and its name."""
+
+    version: int
+    size: int
+    name: str
+
+
+class Resolved(msgspec.Struct, array_like=True):
+    """What an operation came to, beside what it says itself.
+
+    `id` is the object; `size` its size or the object it replaced; `name` the name of the memory,
+    or the bulk file that became garbage; `old` and `new` the bytes before and after an addition.
+    """
+
+    id: int = 0
+    size: int = 0
+    name: str = ""
+    old: bytes = b""
+    new: bytes = b""
+
+
+class RecordOutcome(msgspec.Struct, array_like=True):
+    """The verdict on one record and what its operations came to."""
+
+    verdict: int
+    detail: str
+    resolved: list[Resolved]
+
+
+class TailRow(msgspec.Struct, array_like=True):
+    """One entry of the log, with what the replica worked out from it.
+
+    `garbage` names the bulk files that only this row needs.
+    """
+
+    first_version: int
+    time_ns: int
+    outcomes: list[RecordOutcome]
+    entry: bytes
+    garbage: list[str]
+
+
+encode = msgspec.msgpack.Encoder().encode
+_decode_state = msgspec.msgpack.Decoder(State).decode
+_decode_session = msgspec.msgpack.Decoder(SessionState).decode
+_decode_tail = msgspec.msgpack.Decoder(TailRow).decode
+_decode_reference = msgspec.msgpack.Decoder(Reference).decode
+_decode_long = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
+
+
+def key_of(number: int) -> bytes:
+    """Return a key that sorts as the number does."""
+    return number.to_bytes(8, "big")
+
+
+def _seal(key: bytes, row: bytes) -> bytes:
+    return row + xxh3_64_intdigest(row, xxh3_64_intdigest(key)).to_bytes(8, "little")
+
+
+def _unseal(key: bytes, sealed: memoryview, what: str) -> memoryview:
+    row = sealed[:-8]
+    if xxh3_64_intdigest(row, xxh3_64_intdigest(key)) != int.from_bytes(sealed[-8:], "little"):
+        raise CorruptionError(
+            f"{what} does not match its checksum: restore it from a copy; "
+            "`everpool verify` lists all damage"
+        )
+    return row
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn LMDB's and the system's errors into ours."""
+    try:
+        yield
+    except EverpoolError:
+        raise
+    except lmdb.Error as error:
+        raise translate(error, doing) from error
+    except OSError as error:
+        raise translate_os(error, doing) from error
+
+
+def translate(error: lmdb.Error, doing: str) -> EverpoolError:
+    """Return our error for one of LMDB's."""
+    text = str(error)
+    if isinstance(error, (lmdb.MapFullError, lmdb.DiskError)) or "No space left" in text:
+        return UnavailableError(f"{doing}: the disk is full: free some space and try again")
+    if isinstance(error, lmdb.ReadersFullError):
+        return UnavailableError(f"{doing}: more than {_MAX_READERS} threads read the pool at once")
+    damage = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError)
+    if isinstance(error, (*damage, lmdb.VersionMismatchError)):
+        return CorruptionError(
+            f"{doing}: the index is damaged ({text}): run `everpool verify`, then restore from a copy"
+        )
+    if isinstance(error, lmdb.ReadonlyError) or "ermission denied" in text:
+        return InvalidError(f"{doing}: no permission to write: open with read_only=True")
+    return UnavailableError(f"{doing}: {text}")
+
+
+def translate_os(error: OSError, doing: str) -> EverpoolError:
+    """Return our error for one of the system's."""
+    text = error.strerror or str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UnavailableError(f"{doing}{where}: the disk is full: free some space and try again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return InvalidError(
+            f"{doing}{where}: {text}: open with read_only=True, or change the permissions"
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UnavailableError(f"{doing}{where}: {text}: raise the limit with `ulimit -n`")
+    return UnavailableError(f"{doing}{where}: {text}")
+
+
+class Index:
+    """The LMDB environment of one replica in this process."""
+
+    def __init__(self, folder: Path, *, read_only: bool, create: bool) -> None:
+        self.path = folder / "data.mdb"
+        self.read_only = read_only
+        with translated(f"opening the index in {folder}"):
+            if not read_only:
+                _reserve_lock_file(folder / "lock.mdb")
+            self.env = lmdb.open(
+                os.fspath(folder),
+                map_size=_MAP_BYTES,
+                max_readers=_MAX_READERS,
+                max_spare_txns=64,
+                readonly=read_only,
+                readahead=False,
+                meminit=False,
+                create=create,
+                mode=0o666,
+            )
+            try:
+                self._prepare()
+            except BaseException:
+                self.env.close()
+                raise
+
+    def _prepare(self) -> None:
+        if not self.read_only:
+            self.env.reader_check()
+        info = self.env.info()
+        length = self.path.stat().st_size
+        needed = (info["last_pgno"] + 1) * self.env.stat()["psize"]
+        self.missing_bytes = max(0, needed - length)
+
+    def close(self) -> None:
+        self.env.close()
+
+    def read(self) -> lmdb.Transaction:
+        """Begin reading. Keep it short: what it pins cannot be reused."""
+        try:
+            return self.env.begin(buffers=True)
+        except lmdb.ReadersFullError as error:
+            if not self.read_only and self.env.reader_check():
+                return self.env.begin(buffers=True)
+            raise translate(error, "reading the index") from error
+        except lmdb.Error as error:
+            raise translate(error, "reading the index") from error
+
+    def state(self, txn: lmdb.Transaction) -> State:
+        row = txn.get(_STATE)
+        if row is None:
+            raise CorruptionError("the index has no state: restore the pool from a copy")
+        return _decode_state(_unseal(_STATE, row, "the index's state"))
+
+    def put_state(self, txn: lmdb.Transaction, state: State) -> None:
+        txn.put(_STATE, _seal(_STATE, encode(state)))
+
+    # Names
+
+    def name(self, txn: lmdb.Transaction, name: str) -> NameRow | None:
+        whole = _NAMES + name.encode()
+        key, rest = _place(whole)
+        row = txn.get(key)
+        if row is None:
+            return None
+        if rest is not None:
+            found = _decode_long(_unseal(key, row, f"a row of names like {name[:40]!r}")).get(rest)
+            if found is None:
+                return None
+            row = memoryview(found)
+        return _name_row(whole, row, name)
+
+    def put_name(self, txn: lmdb.Transaction, name: str, row: NameRow) -> None:
+        whole = _NAMES + name.encode()
+        sealed = _seal(whole, _NAME.pack(*row[:4]) + row.body)
+        key, rest = _place(whole)
+        if rest is not None:
+            known = self._long(txn, key)
+            known[rest] = sealed
+            sealed = _seal(key, encode(known))
+        txn.put(key, sealed)
+
+    def delete_name(self, txn: lmdb.Transaction, name: str) -> None:
+        key, rest = _place(_NAMES + name.encode())
+        if rest is not None:
+            known = self._long(txn, key)
+            known.pop(rest, None)
+            if known:
+                txn.put(key, _seal(key, encode(known)))
+                return
+        txn.delete(key)
+
+    def _long(self, txn: lmdb.Transaction, key: bytes) -> dict[bytes, bytes]:
+        row = txn.get(key)
+        return {} if row is None else _decode_long(_unseal(key, row, "a row of long names"))
+
+    def list_names(
+        self, txn: lmdb.Transaction, prefix: bytes, after: bytes
+    ) -> tuple[list[bytes], bytes | None]:
+        """Return names under `prefix` in order from the key `after` on, and where to go on."""
+        found: list[bytes] = []
+        whole = _NAMES + prefix
+        with txn.cursor() as cursor:
+            if not cursor.set_range(max(whole[: 1 + _LONG_NAME_BYTES], after)):
+                return found, None
+            for view in cursor.iternext(keys=True, values=False):
+                key = bytes(view)
+                if len(found) >= _SCAN_ROWS:
+                    return found, key
+                if key[-1] == 0 and key[:1] == _NAMES:
+                    start = key[:-1]
+                    if not start.startswith(whole) and not whole.startswith(start):
+                        break
+                    long = (start + rest for rest in sorted(self._long(txn, key)))
+                    found.extend(name[1:] for name in long if name.startswith(whole))
+                elif key.startswith(whole):
+                    found.append(key[1:])
+                elif key > whole:
+                    break
+        return found, None
+
+    # Memory, sessions, blocks
+
+    def memory_row(self, txn: lmdb.Transaction, id: int) -> MemoryRow | None:
+        key = _MEMORIES + key_of(id)
+        row = txn.get(key)
+        if row is None:
+            return None
+        row = _unseal(key, row, f"the row of memory object {id}")
+        version, size = _MEMORY.unpack_from(row)
+        return MemoryRow(version, size, str(row[_MEMORY.size :], "utf-8"))
+
+    def put_memory(self, txn: lmdb.Transaction, id: int, row: MemoryRow) -> None:
+        key = _MEMORIES + key_of(id)
+        txn.put(key, _seal(key, _MEMORY.pack(*row[:2]) + row.name.encode()))
+
+    def delete_memory(self, txn: lmdb.Transaction, id: int) -> None:
+        txn.delete(_MEMORIES + key_of(id))
+        prefix = _BLOCKS + key_of(id)
+        with txn.cursor() as cursor:
+            found = cursor.set_range(prefix)
+            while found and bytes(cursor.key()[: len(prefix)]) == prefix:
+                found = cursor.delete()
+
+    def memory_ids(self, txn: lmdb.Transaction) -> Iterator[int]:
+        """Yield the ids of all memory objects."""
+        for key, _ in _under(txn, _MEMORIES):
+            yield int.from_bytes(key, "big")
+
+    def session(self, txn: lmdb.Transaction, session: bytes) -> SessionState | None:
+        key = _SESSIONS + session
+        row = txn.get(key)
+        return None if row is None else _decode_session(_unseal(key, row, "a session's row"))
+
+    def put_session(self, txn: lmdb.Transaction, session: bytes, state: SessionState) -> None:
+        key = _SESSIONS + session
+        txn.put(key, _seal(key, encode(state)))
+
+    def sessions(self, txn: lmdb.Transaction) -> list[tuple[bytes, SessionState]]:
+        """Return all sessions that are remembered."""
+        return [
+            (key, _decode_session(_unseal(_SESSIONS + key, row, "a session's row")))
+            for key, row in _under(txn, _SESSIONS)
+        ]
+
+    def forget_sessions(self, txn: lmdb.Transaction, floor: int) -> None:
+        """Drop the sessions that were last heard of below `floor`."""
+        for key, state in self.sessions(txn):
+            if state.last_version < floor:
+                txn.delete(_SESSIONS + key)
+
+    def put_block(self, txn: lmdb.Transaction, id: int, block: int, checksum: int) -> None:
+        txn.put(_BLOCKS + key_of(id) + key_of(block), checksum.to_bytes(8, "little"))
+
+    def block_checksums(self, txn: lmdb.Transaction, id: int) -> dict[int, int]:
+        """Return the checksums of the object's blocks that have one."""
+        return {
+            int.from_bytes(key, "big"): int.from_bytes(row, "little")
+            for key, row in _under(txn, _BLOCKS + key_of(id))
+        }
+
+    # Tail
+
+    def put_tail(self, txn: lmdb.Transaction, last_version: int, row: TailRow) -> int:
+        """Add an entry; returns the bytes of its row."""
+        key = _TAIL + key_of(last_version)
+        sealed = _seal(key, encode(row))
+        txn.put(key, sealed, append=True)
+        return len(sealed)
+
+    def tail_after(self, txn: lmdb.Transaction, version: int) -> Iterator[tuple[int, TailRow]]:
+        """Yield the entries that hold versions after `version`: last version and row, in order."""
+        with txn.cursor() as cursor:
+            if cursor.set_range(_TAIL + key_of(version + 1)):
+                for key, row in cursor.iternext():
+                    yield self._tail_row(bytes(key), row)
+
+    def tail_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, TailRow]]:
+        """Yield the entries from the newest to the oldest."""
+        with txn.cursor() as cursor:
+            if cursor.last():
+                for key, row in cursor.iterprev():
+                    if key[:1] != _TAIL:
+                        return
+                    yield self._tail_row(bytes(key), row)
+
+    def tail_sizes_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, int]]:
+        """Yield the last version and the row's bytes of each entry, newest first."""
+        with txn.cursor() as cursor:
+            if cursor.last():
+                for key, row in cursor.iterprev():
+                    if key[:1] != _TAIL:
+                        return
+                    yield int.from_bytes(key[1:], "big"), len(row)
+
+    def pop_tail(self, txn: lmdb.Transaction, up_to: int) -> tuple[TailRow, int] | None:
+        """Remove and return the oldest entry and its size when it ends at or before `up_to`."""
+        with txn.cursor() as cursor:
+            if not cursor.set_range(_TAIL) or int.from_bytes(cursor.key()[1:], "big") > up_to:
+                return None
+            row = self._tail_row(bytes(cursor.key()), cursor.value())[1]
+            size = len(cursor.value())
+            cursor.delete()
+            return row, size
+
+    def _tail_row(self, key: bytes, row: memoryview) -> tuple[int, TailRow]:
+        version = int.from_bytes(key[1:], "big")
+        body = _unseal(key, row, f"the tail's entry that ends at version {version}")
+        try:
+            return version, _decode_tail(body)
+        except msgspec.DecodeError as error:
+            raise CorruptionError(f"the tail's entry {version} cannot be read: {error}") from error
+
+
+def _reserve_lock_file(path: Path) -> None:
+    """Give LMDB's lock file its disk blocks, which a new reader would else need on a full disk.
+
+    Only before the environment is open: closing a descriptor of the file drops LMDB's own lock on
+    it, upon which the next process would think itself alone and reset the table of readers.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, _LOCK_FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _under(txn: lmdb.Transaction, prefix: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield the rows whose keys begin with `prefix`, and the rest of those keys."""
+    with txn.cursor() as cursor:
+        if cursor.set_range(prefix):
+            for view, row in cursor.iternext():
+                key = bytes(view)
+                if not key.startswith(prefix):
+                    return
+                yield key[len(prefix) :], row
+
+
+def _place(whole: bytes) -> tuple[bytes, bytes | None]:
+    """Return the key that holds a name, and what is left of the name when the key is shared."""
+    if len(whole) <= 1 + _LONG_NAME_BYTES:
+        return whole, None
+    return whole[: 1 + _LONG_NAME_BYTES] + b"\0", whole[1 + _LONG_NAME_BYTES :]
+
+
+def _name_row(key: bytes, sealed: memoryview, name: str) -> NameRow:
+    row = sealed[:-8]
+    if xxh3_64_intdigest(row, xxh3_64_intdigest(key)) != int.from_bytes(sealed[-8:], "little"):
+        raise CorruptionError(
+            f"the index's row of {name!r} does not match its checksum: restore it from a copy",
+            name=name,
+        )
+    kind, id, version, size = _NAME.unpack_from(row)
+    return NameRow(kind, id, version, size, row[_NAME.size :])

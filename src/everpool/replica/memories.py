@@ -1,0 +1,151 @@
+"""Memory files: the bytes of mutable memory, one sparse file an object, mapped by every process.
+
+Stores go through `pwrite`, which the mappings of all processes see at once, and which reports a
+full disk as an error where a store into a mapping would kill the process.
+"""
+
+import contextlib
+import errno
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+
+from everpool.errors import CorruptionError, InvalidError
+
+_OPEN_FILES = 128
+_PAGE_SHIFT = 12
+_REMEMBERED_PAGES = 1 << 16
+_COPY_BYTES = 8 << 20
+
+
+class MemoryFiles:
+    """The memory files of one pool, as one process uses them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "memory"
+        self._mutex = threading.Lock()
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        self._allocated: set[tuple[int, int]] = set()
+
+    def path(self, id: int) -> Path:
+        """Return where the bytes of object `id` are."""
+        return self.folder / f"{id:x}"
+
+    def create(self, id: int, size: int) -> None:
+        """Make sure that the file exists and is `size` bytes long. May be repeated."""
+        descriptor = os.open(self.path(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
+        except OSError as error:
+            if error.errno not in (errno.EFBIG, errno.EINVAL):
+                raise
+            raise InvalidError(
+                f"this file system has no files of {size} bytes: allocate less"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def reserve(self, id: int, offset: int, size: int) -> None:
+        """Make sure that there is room on the disk for these bytes, whatever they are now."""
+        first, last = offset >> _PAGE_SHIFT, (offset + size - 1) >> _PAGE_SHIFT
+        known = self._allocated
+        small = last - first < 4
+        if small and all((id, page) in known for page in range(first, last + 1)):
+            return
+        start = first << _PAGE_SHIFT
+        descriptor = self._descriptor(id)
+        limit = os.fstat(descriptor).st_size
+        end = min((last + 1) << _PAGE_SHIFT, limit)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(descriptor, start, end - start)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        if small:
+            if len(known) >= _REMEMBERED_PAGES:
+                known.clear()
+            known.update((id, page) for page in range(first, last + 1))
+
+    def write(self, id: int, offset: int, data: bytes | memoryview) -> None:
+        """Store the bytes where every process sees them."""
+        descriptor = self._descriptor(id)
+        written = os.pwrite(descriptor, data, offset)
+        if written < len(data):
+            view = memoryview(data)
+            while written < len(view):
+                written += os.pwrite(
+                    descriptor, view[written : written + _COPY_BYTES], offset + written
+                )
+
+    def read(self, id: int, offset: int, size: int) -> bytes:
+        """Return the bytes as they are in the file."""
+        data = os.pread(self._descriptor(id), size, offset)
+        if len(data) != size:
+            raise CorruptionError(
+                f"the file of memory object {id} ends before byte {offset + size}: "
+                "restore the pool from a copy"
+            )
+        return data
+
+    def map(self, id: int, size: int) -> mmap.mmap:
+        """Return a read-only mapping of the object.
+
+        Raises `FileNotFoundError` when it is gone and `CorruptionError` when its length is wrong.
+        """
+        mapped = self._maps.get(id)
+        if mapped is not None:
+            return mapped
+        descriptor = os.open(self.path(id), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            length = os.fstat(descriptor).st_size
+            if length != size:
+                raise CorruptionError(
+                    f"the file of memory object {id} has {length} bytes instead of {size}: "
+                    "restore the pool from a copy"
+                )
+            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        self._maps[id] = mapped
+        return mapped
+
+    def remove(self, id: int) -> None:
+        """Delete the file; mappings of it live on. May be repeated."""
+        with self._mutex:
+            descriptor = self._descriptors.pop(id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        self.path(id).unlink(missing_ok=True)
+
+    def sync(self, id: int) -> None:
+        """Make the object's bytes durable. An object that is gone needs nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(self.path(id), os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Close the descriptors; mappings live as long as they are used."""
+        with self._mutex:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, id: int) -> int:
+        """Return a descriptor for stores. Call with the writer's lock held."""
+        descriptors = self._descriptors
+        descriptor = descriptors.get(id)
+        if descriptor is None:
+            descriptor = os.open(self.path(id), os.O_RDWR | os.O_CLOEXEC)
+            with self._mutex:
+                descriptors[id] = descriptor
+                if len(descriptors) > _OPEN_FILES:
+                    os.close(descriptors.popitem(last=False)[1])
+        return descriptor

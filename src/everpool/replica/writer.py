@@ -1,0 +1,495 @@
+"""Playing new entries into the replica: the embedded commit.
+
+With the writer's lock held, an entry goes these ways, and a process may die after any line:
+
+    judge the records; write the tail, the names and the state in one LMDB transaction
+    create files and reserve disk for what will be written to mapped memory
+    started = version                        readers now look at the index after each copy
+    commit the LMDB transaction, durably     from here on the entry counts
+    copy stores into memory, move and remove files
+    applied = version; wake those who wait
+
+What a dead writer left between the last two is played again from the tail, which holds the bytes
+that every store and addition leaves, so playing twice does no harm.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import lmdb
+
+from everpool.errors import CommitUnknownError, EverpoolError, UnavailableError
+from everpool.records import (
+    Entry,
+    Payload,
+    Record,
+    RecordId,
+    Reference,
+    encode_entry,
+    new_session,
+    next_hash,
+    payload_size,
+)
+from everpool.replica.effects import PendingStores, add_numbers, effects_of, entry_of
+from everpool.replica.index import (
+    BULK,
+    INLINE,
+    MEMORY,
+    Index,
+    MemoryRow,
+    NameRow,
+    RecordOutcome,
+    Resolved,
+    State,
+    TailRow,
+    encode,
+    translate,
+    translated,
+)
+from everpool.replica.replica import Replica, load_writes
+from everpool.verdict import (
+    Add,
+    Bind,
+    BindMemory,
+    Binding,
+    Effect,
+    Judge,
+    SessionState,
+    SetFence,
+    SetFloor,
+    Store,
+    Unbind,
+    Verdict,
+    Writes,
+)
+
+# Each entry removes up to this many older ones, so that trimming never comes in bursts.
+_TRIMMED_PER_ENTRY = 3
+_UNTRIMMED_VERSIONS = 1 << 15
+# Blocks of memory that have a checksum of their own.
+BLOCK_SHIFT = 16
+
+
+class Result(NamedTuple):
+    """What became of a record: its id, verdict, version, and the old values of its additions."""
+
+    id: RecordId
+    verdict: Verdict
+    version: int
+    detail: str
+    old: list[bytes]
+
+
+class Batch:
+    """The index as one entry changes it. The `Catalog` that the judge asks."""
+
+    def __init__(self, replica: Replica, txn: lmdb.Transaction, state: State) -> None:
+        self._index: Index = replica.index
+        self._replica = replica
+        self.txn = txn
+        self.state = state
+        self.rows: dict[str, NameRow | None] = {}
+        self.memory: dict[int, MemoryRow | None] = {}
+        self.changed: set[int] = set()
+        self.sessions: dict[bytes, SessionState] = {}
+        self.garbage: list[str] = []
+        self.applied: list[tuple[Effect, Resolved]] = []
+        self._created: set[int] = set()
+        self._pending: PendingStores | None = None
+
+    def binding(self, name: str) -> Binding | None:
+        row = self._row(name)
+        if row is None:
+            return None
+        return Binding(row.id, row.size if row.kind == MEMORY else -1)
+
+    def memory_size(self, id: int) -> int | None:
+        row = self._memory_row(id)
+        return None if row is None else row.size
+
+    def session(self, session: bytes) -> SessionState | None:
+        known = self.sessions.get(session)
+        return known if known is not None else self._index.session(self.txn, session)
+
+    def apply(self, version: int, effect: Effect) -> Resolved:
+        """Put one effect into the index; returns what it came to."""
+        match effect:
+            case Store(id, offset, payload):
+                resolved = Resolved(id, name=self._touch(id, version))
+                if isinstance(payload, Reference):
+                    self.garbage.append(payload.file)
+                if self._pending is not None:
+                    self._pending.store(id, offset, self._data(payload))
+            case Bind(name, id, payload, replaced):
+                old = self._row(name)
+                resolved = Resolved(id, replaced, _file_of(old))
+                self.state.names += old is None
+                self._bind(name, _value_row(id, version, payload))
+            case Add(id, offset, dtype, delta):
+                row = self._memory_row(id)
+                assert row is not None
+                pending = self._pending_stores()
+                old_bytes = pending.read(id, offset, len(delta), row.size)
+                new_bytes = add_numbers(old_bytes, delta, dtype)
+                pending.store(id, offset, new_bytes)
+                resolved = Resolved(id, 0, self._touch(id, version), old_bytes, new_bytes)
+            case BindMemory(name, id, size, header):
+                resolved = Resolved(id)
+                self.state.names += 1
+                self._created.add(id)
+                self.memory[id] = MemoryRow(version, size, name)
+                self.changed.add(id)
+                self._bind(name, NameRow(MEMORY, id, version, size, header))
+            case Unbind(name, id, size):
+                resolved = Resolved(id, size, _file_of(self._row(name)))
+                self.state.names -= 1
+                self.rows[name] = None
+                self._index.delete_name(self.txn, name)
+                if size >= 0:
+                    self.memory[id] = None
+                    self.changed.discard(id)
+                    self._index.delete_memory(self.txn, id)
+            case SetFloor(floor):
+                resolved = Resolved(size=floor)
+                self.state.floor = floor
+                self._index.forget_sessions(self.txn, floor)
+            case SetFence(session, state):
+                resolved = Resolved()
+                if state is not None:
+                    self.sessions[session] = state
+        self.applied.append((effect, resolved))
+        return resolved
+
+    def finish(self, row: TailRow) -> None:
+        """Write the rows that the entry's records share, and trim the tail a little."""
+        index, txn, state = self._index, self.txn, self.state
+        for session, known in self.sessions.items():
+            index.put_session(txn, session, known)
+        for id in self.changed:
+            memory = self.memory[id]
+            assert memory is not None
+            index.put_memory(txn, id, memory)
+        state.tail_bytes += index.put_tail(txn, state.version, row)
+        self.trimmed: list[str] = []
+        limit = min(state.floor, state.flushed)
+        for _ in range(_TRIMMED_PER_ENTRY):
+            popped = index.pop_tail(txn, limit) if limit else None
+            if popped is None:
+                break
+            state.tail_bytes -= popped[1]
+            self.trimmed += popped[0].garbage
+        index.put_state(txn, state)
+
+    def reserve(self) -> None:
+        """Create files and reserve the disk that the effects will need."""
+        memories = self._replica.memories
+        for effect, resolved in self.applied:
+            match effect:
+                case Store(id, offset, payload):
+                    size = payload_size(payload)
+                    if size and self.memory[id] is not None:
+                        memories.reserve(id, offset, size)
+                case Add(id, offset, _, delta):
+                    if self.memory[id] is not None:
+                        memories.reserve(id, offset, len(delta))
+                case BindMemory(_, _, size):
+                    memories.create(resolved.id, size)
+                case _:
+                    pass
+
+    def _row(self, name: str) -> NameRow | None:
+        if name in self.rows:
+            return self.rows[name]
+        row = self._index.name(self.txn, name)
+        if row is not None:
+            row = row._replace(body=bytes(row.body) if row.kind != INLINE else b"")
+        self.rows[name] = row
+        return row
+
+    def _memory_row(self, id: int) -> MemoryRow | None:
+        if id not in self.memory:
+            self.memory[id] = self._index.memory_row(self.txn, id)
+        return self.memory[id]
+
+    def _touch(self, id: int, version: int) -> str:
+        row = self._memory_row(id)
+        assert row is not None, "the judge checked that the object exists"
+        self.memory[id] = MemoryRow(version, row.size, row.name)
+        self.changed.add(id)
+        return row.name
+
+    def _bind(self, name: str, row: NameRow) -> None:
+        self.rows[name] = row
+        self._index.put_name(self.txn, name, row)
+
+    def _pending_stores(self) -> PendingStores:
+        if self._pending is None:
+            self._pending = PendingStores(self._read_memory)
+            for effect, _ in self.applied:
+                if type(effect) is Store:
+                    self._pending.store(effect.id, effect.offset, self._data(effect.payload))
+        return self._pending
+
+    def _read_memory(self, id: int, offset: int, size: int) -> bytes:
+        return bytes(size) if id in self._created else self._replica.memories.read(id, offset, size)
+
+    def _data(self, payload: Payload) -> bytes | memoryview:
+        return payload if isinstance(payload, bytes) else self._replica.bulk.map(payload)
+
+
+class Writer:
+    """The one who changes a replica. Call its methods with the writer's lock held."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._judge: Judge | None = None
+        self._session = b""
+        # Version, bytes of the tail and flushed version after the last commit.
+        self.progress = (0, 0, 0)
+
+    def recover(self) -> None:
+        """Finish what a dead writer, or the last boot, left undone. Costs what was undone."""
+        replica = self._replica
+        shared = replica.shared
+        with translated("finishing an interrupted commit"):
+            replica.trusted = shared.trusted()
+            with replica.index.read() as txn:
+                state = replica.index.state(txn)
+                applied = shared.applied if replica.trusted else state.flushed
+                rows = list(replica.index.tail_after(txn, applied))
+            for _, row in rows:
+                self._redo(row, applied)
+            if not replica.trusted:
+                shared.reset(state.version)
+                replica.trusted = True
+            shared.applied = state.version
+            shared.started = state.version
+            shared.wake()
+            replica.bulk.sweep()
+
+    def redo_flushed(self, after: int) -> None:
+        """Write everything after that version to memory again, as after a failed fsync."""
+        with self._replica.index.read() as txn:
+            rows = list(self._replica.index.tail_after(txn, after))
+        for _, row in rows:
+            self._redo(row, after)
+
+    def _redo(self, row: TailRow, applied: int) -> None:
+        for version, effect, resolved in effects_of(entry_of(row), row):
+            if version <= applied:
+                continue
+            memories = self._replica.memories
+            if type(effect) is BindMemory:
+                memories.create(resolved.id, effect.size)
+            # Memory that a later record deleted, and that was deleted already, needs no stores.
+            if type(effect) not in (Store, Add) or memories.path(resolved.id).exists():
+                self._apply(effect, resolved)
+
+    def commit(self, records: list[Record], flushed: "Flushed | None" = None) -> list[Result]:
+        """Append the records as one entry, durably; returns what became of each, in order.
+
+        `flushed` says what of mapped memory was made durable. Raises
+        `UnavailableError` or `InvalidError` when nothing was committed, and `CommitUnknownError`
+        when that cannot be told.
+        """
+        shared = self._replica.shared
+        if shared.started != shared.applied:
+            self.recover()
+        index = self._replica.index
+        try:
+            txn = index.env.begin(write=True, buffers=True)
+        except lmdb.Error as error:
+            raise translate(error, "committing") from error
+        try:
+            with translated("committing"):
+                batch, results = self._index(txn, records, flushed)
+                batch.reserve()
+            shared.started = batch.state.version
+        except BaseException:
+            self._judge = None
+            txn.abort()
+            raise
+        self._commit(txn, results)
+        self._finish(batch)
+        self.progress = (batch.state.version, batch.state.tail_bytes, batch.state.flushed)
+        return results
+
+    def _commit(self, txn: lmdb.Transaction, results: list[Result]) -> None:
+        shared = self._replica.shared
+        done = False
+        try:
+            txn.commit()
+            done = True
+        except lmdb.Error as error:
+            self._judge = None
+            try:
+                with self._replica.index.read():
+                    pass
+            except EverpoolError:
+                # The data were written, but not whether they count.
+                ids = ", ".join(str(result.id) for result in results[:3])
+                raise CommitUnknownError(
+                    f"the disk failed during the commit of {ids} ({error}): open the pool again "
+                    "and ask `outcome(id)`",
+                    id=results[0].id,
+                ) from error
+            shared.started = shared.applied
+            raise translate(error, "committing") from error
+        finally:
+            if not done:
+                self._judge = None
+
+    def _finish(self, batch: Batch) -> None:
+        """Copy a durable entry into memory. What fails here is done again by the next commit."""
+        shared = self._replica.shared
+        try:
+            for effect, resolved in batch.applied:
+                self._apply(effect, resolved)
+            for file in batch.trimmed:
+                self._replica.bulk.remove(file)
+        except OSError:
+            return  # readers play the tail over what they read until it succeeds
+        shared.applied = batch.state.version
+        shared.wake()
+
+    def _apply(self, effect: Effect, resolved: Resolved) -> None:
+        replica = self._replica
+        match effect:
+            case Store(id, offset, payload):
+                if isinstance(payload, bytes):
+                    replica.memories.write(id, offset, payload)
+                else:
+                    replica.memories.write(id, offset, replica.bulk.map(payload))
+                    replica.bulk.publish(payload)
+            case Add(id, offset):
+                replica.memories.write(id, offset, resolved.new)
+            case Bind(_, _, payload):
+                if isinstance(payload, Reference):
+                    replica.bulk.publish(payload)
+                if resolved.name:
+                    replica.bulk.remove(resolved.name)
+            case Unbind(_, id, size):
+                if size >= 0:
+                    replica.memories.remove(id)
+                elif resolved.name:
+                    replica.bulk.remove(resolved.name)
+            case _:
+                pass
+
+    def _index(
+        self, txn: lmdb.Transaction, records: list[Record], flushed: "Flushed | None"
+    ) -> tuple[Batch, list[Result]]:
+        state = self._replica.index.state(txn)
+        first_version = state.version + 1
+        batch = Batch(self._replica, txn, state)
+        judge = self._judge_for(batch, records)
+        first_sequence = self._next_sequence(batch)
+        entry = Entry(self._session, first_sequence, state.position, state.hash, records)
+        data = encode_entry(entry)
+        outcomes: list[RecordOutcome] = []
+        results: list[Result] = []
+        for at, (decision, session) in enumerate(judge.entry(entry)):
+            resolved = [batch.apply(decision.version, effect) for effect in decision.effects]
+            if session is not None:
+                batch.sessions[entry.session] = session
+            outcomes.append(RecordOutcome(int(decision.verdict), decision.detail, resolved))
+            old = [item.old for item in resolved if item.old]
+            id = RecordId(entry.session, first_sequence + at)
+            results.append(Result(id, decision.verdict, decision.version, decision.detail, old))
+        state.version = judge.version
+        state.next_id = judge.next_id
+        state.position += 1
+        state.hash = next_hash(state.hash, data)
+        state.time_ns = max(state.time_ns + 1, time.time_ns())
+        if flushed is not None:
+            self._note_flushed(batch, flushed)
+        batch.finish(TailRow(first_version, state.time_ns, outcomes, data, batch.garbage))
+        return batch, results
+
+    def _note_flushed(self, batch: Batch, flushed: "Flushed") -> None:
+        """Keep the checksums of the blocks that nobody wrote to since they were read."""
+        index, txn = self._replica.index, batch.txn
+        later = Dirty()
+        for _, row in index.tail_after(txn, flushed.version):
+            later.add_all(effects_of(entry_of(row), row), flushed.version)
+        for effect, _ in batch.applied:
+            later.add(effect)
+        for id, checksums in flushed.blocks.items():
+            if index.memory_row(txn, id) is not None:
+                touched = later.blocks.get(id, set())
+                for block, checksum in checksums.items():
+                    if block not in touched:
+                        index.put_block(txn, id, block, checksum)
+        batch.state.flushed = max(batch.state.flushed, flushed.version)
+
+    def _judge_for(self, batch: Batch, records: list[Record]) -> Judge:
+        """Return a judge that knows all writes since the oldest snapshot it must judge."""
+        state, judge = batch.state, self._judge
+        self._judge = None  # until this entry is decided
+        oldest = min(
+            (r.snapshot for r in records if r.ranges or r.names or r.prefixes),
+            default=state.version,
+        )
+        oldest = max(oldest, state.floor)
+        if judge is None or judge.writes.base > oldest:
+            judge = Judge(batch, Writes(oldest), version=oldest, floor=0, next_id=0)
+        elif state.version - judge.writes.base > 2 * _UNTRIMMED_VERSIONS:
+            judge.writes = judge.writes.since(state.version - _UNTRIMMED_VERSIONS)
+        if judge.version < state.version:
+            load_writes(self._replica.index, batch.txn, judge.writes, judge.version)
+        judge.catalog = batch
+        judge.version, judge.floor, judge.next_id = state.version, state.floor, state.next_id
+        self._judge = judge
+        return judge
+
+    def _next_sequence(self, batch: Batch) -> int:
+        """Return the sequence for the next record, in a new session when the old is forgotten."""
+        if self._session:
+            known = batch.session(self._session)
+            if known is not None and known.last_version >= batch.state.floor:
+                return known.last_sequence + 1
+        self._session = new_session(batch.state.version)
+        return 1
+
+
+def _value_row(id: int, version: int, payload: Payload) -> NameRow:
+    if isinstance(payload, bytes):
+        return NameRow(INLINE, id, version, len(payload), payload)
+    return NameRow(BULK, id, version, payload.size, encode(payload))
+
+
+def _file_of(row: NameRow | None) -> str:
+    return row.reference().file if row is not None and row.kind == BULK else ""
+
+
+class Flushed(NamedTuple):
+    """What was made durable: memory up to `version`, and the checksums of changed blocks."""
+
+    version: int
+    blocks: dict[int, dict[int, int]]
+
+
+class Dirty:
+    """Which blocks of which memory were written."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, set[int]] = {}
+
+    def add(self, effect: Effect) -> None:
+        """Note what the effect writes."""
+        if type(effect) is Store:
+            size = payload_size(effect.payload)
+        elif type(effect) is Add:
+            size = len(effect.delta)
+        else:
+            return
+        if size:
+            first, last = effect.offset >> BLOCK_SHIFT, (effect.offset + size - 1) >> BLOCK_SHIFT
+            self.blocks.setdefault(effect.id, set()).update(range(first, last + 1))
+
+    def add_all(self, effects: Iterator[tuple[int, Effect, Resolved]], after: int) -> None:
+        """Note what the effects of versions after `after` write."""
+        for version, effect, _ in effects:
+            if version > after:
+                self.add(effect)
