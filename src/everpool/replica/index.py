@@ -4,6 +4,7 @@ Each row ends with 8 bytes: XXH3-64 of what is before, seeded with XXH3-64 of th
 that neither a damaged nor a misplaced row is taken for a sound one.
 
     key                               row
+    "/"                               room for the newest entries (see `ring`)
     "0"                               MessagePack, `State`
     "1" session                       MessagePack, `SessionState`
     "2" object id (8, big-endian)     version (8), size (8), name: memory
@@ -37,6 +38,7 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.records import Reference
+from everpool.replica.ring import Ring
 from everpool.verdict import SessionState
 
 FORMAT = 1
@@ -212,6 +214,7 @@ class Index:
                 max_spare_txns=64,
                 readonly=read_only,
                 readahead=False,
+                metasync=False,  # the ring makes up for it
                 meminit=False,
                 create=create,
                 mode=0o666,
@@ -225,12 +228,14 @@ class Index:
     def _prepare(self) -> None:
         if not self.read_only:
             self.env.reader_check()
+        self.ring = Ring(self.path, writable=not self.read_only)
         info = self.env.info()
         length = self.path.stat().st_size
         needed = (info["last_pgno"] + 1) * self.env.stat()["psize"]
         self.missing_bytes = max(0, needed - length)
 
     def close(self) -> None:
+        self.ring.close()
         self.env.close()
 
     def read(self) -> lmdb.Transaction:

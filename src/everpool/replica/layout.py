@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from everpool.errors import CorruptionError, InvalidError, NotFoundError, UnavailableError
+from everpool.replica import ring
 from everpool.replica.bulk import sync_folder
 from everpool.replica.index import FORMAT, Index, State, translated
 from everpool.replica.lock import WriterLock
@@ -109,9 +110,12 @@ def _fill(folder: Path) -> None:
     pool = uuid.uuid4()
     index = Index(folder / "index", read_only=False, create=True)
     try:
-        with translated(f"creating the index in {folder}"), index.env.begin(write=True) as txn:
-            state = State(FORMAT, pool.bytes, 0, 0, EMPTY_HASH, 0, 0, 1, 0, 0, 0)
-            index.put_state(txn, state)
+        with translated(f"creating the index in {folder}"):
+            with index.env.begin(write=True) as txn:
+                ring.create(txn)
+                state = State(FORMAT, pool.bytes, 0, 0, EMPTY_HASH, 0, 0, 1, 0, 0, 0)
+                index.put_state(txn, state)
+            index.env.sync(True)
     finally:
         index.close()
     for name in _FOLDERS:

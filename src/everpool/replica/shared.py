@@ -10,6 +10,7 @@ The file `shared` is one page that every process maps. Integers are little-endia
         40    8  pid of the process that holds, or last held, the writer's lock
         48    4  wake: counts publications; waiters sleep on it (futex)
         52    4  waiting: not 0 when somebody may sleep on `wake`
+        56    4  suspect: not 0 when a flush of the index failed and was not made up for
 
 Only the holder of the writer's lock changes anything but `waiting`. While `started` equals
 `applied`, the index is not ahead of memory and nobody is writing to it.
@@ -29,7 +30,7 @@ from pathlib import Path
 PAGE_BYTES = 4096
 _MAGIC = b"EVSHARE1"
 _STARTED, _APPLIED, _PID = 3, 4, 5
-_WAKE, _WAITING = 12, 13
+_WAKE, _WAITING, _SUSPECT = 12, 13, 14
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())
 _POLL_S = 0.001
@@ -120,6 +121,14 @@ class SharedPage:
     @holder.setter
     def holder(self, pid: int) -> None:
         self._words[_PID] = pid
+
+    @property
+    def suspect(self) -> int:
+        return self._half_words[_SUSPECT]
+
+    @suspect.setter
+    def suspect(self, value: int) -> None:
+        self._half_words[_SUSPECT] = value
 
     def settled(self) -> int:
         """Return the version that memory and index are both at, or -1 during a commit."""

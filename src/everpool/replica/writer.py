@@ -5,6 +5,7 @@ With the writer's lock held, an entry goes these ways, and a process may die aft
     judge the records; write the tail, the names and the state in one LMDB transaction
     create files and reserve disk for what will be written to mapped memory
     started = version                        readers now look at the index after each copy
+    write the entry to the ring
     commit the LMDB transaction, durably     from here on the entry counts
     copy stores into memory, move and remove files
     applied = version; wake those who wait
@@ -95,6 +96,9 @@ class Batch:
         self.sessions: dict[bytes, SessionState] = {}
         self.garbage: list[str] = []
         self.applied: list[tuple[Effect, Resolved]] = []
+        self.trimmed: list[str] = []
+        self.entry = b""
+        self.in_ring = False
         self._created: set[int] = set()
         self._pending: PendingStores | None = None
 
@@ -171,7 +175,6 @@ class Batch:
             assert memory is not None
             index.put_memory(txn, id, memory)
         state.tail_bytes += index.put_tail(txn, state.version, row)
-        self.trimmed: list[str] = []
         limit = min(state.floor, state.flushed)
         for _ in range(_TRIMMED_PER_ENTRY):
             popped = index.pop_tail(txn, limit) if limit else None
@@ -265,8 +268,21 @@ class Writer:
                 replica.trusted = True
             shared.applied = state.version
             shared.started = state.version
+            self._replay()
             shared.wake()
             replica.bulk.sweep()
+
+    def _replay(self) -> None:
+        """Commit the entries of the ring that the index lacks."""
+        while True:
+            state = self._replica.state()
+            slot = self._replica.index.ring.find(state.position)
+            if slot is None:
+                return
+            entry = slot.entry()
+            if entry.base != state.position or entry.base_hash != state.hash:
+                return
+            self._append(entry.records, None, (entry, slot.time_ns))
 
     def redo_flushed(self, after: int) -> None:
         """Write everything after that version to memory again, as after a failed fsync."""
@@ -294,40 +310,67 @@ class Writer:
         when that cannot be told.
         """
         shared = self._replica.shared
+        if shared.suspect:
+            self._mend()
         if shared.started != shared.applied:
             self.recover()
-        index = self._replica.index
+        return self._append(records, flushed, None)
+
+    def _mend(self) -> None:
+        """Make up for a flush of the index that failed; raises `UnavailableError`."""
+        with translated("writing the index again after a failed flush"):
+            self._replica.index.ring.mend(self._replica.state().position)
+        self._replica.shared.suspect = 0
+
+    def _append(
+        self,
+        records: list[Record],
+        flushed: "Flushed | None",
+        replayed: "tuple[Entry, int] | None",
+    ) -> list[Result]:
+        shared = self._replica.shared
         try:
-            txn = index.env.begin(write=True, buffers=True)
+            txn = self._replica.index.env.begin(write=True, buffers=True)
         except lmdb.Error as error:
             raise translate(error, "committing") from error
         try:
             with translated("committing"):
-                batch, results = self._index(txn, records, flushed)
+                batch, results = self._index(txn, records, flushed, replayed)
                 batch.reserve()
             shared.started = batch.state.version
+            with translated("committing"):
+                batch.in_ring = self._replica.index.ring.put(
+                    batch.state.position - 1, batch.state.time_ns, batch.entry
+                )
         except BaseException:
             self._judge = None
             txn.abort()
             raise
-        self._commit(txn, results)
+        self._commit(txn, batch, results)
         self._finish(batch)
         self.progress = (batch.state.version, batch.state.tail_bytes, batch.state.flushed)
         return results
 
-    def _commit(self, txn: lmdb.Transaction, results: list[Result]) -> None:
-        shared = self._replica.shared
+    def _commit(self, txn: lmdb.Transaction, batch: Batch, results: list[Result]) -> None:
+        index, shared = self._replica.index, self._replica.shared
         done = False
         try:
             txn.commit()
+            if not batch.in_ring:
+                index.env.sync(True)
             done = True
         except lmdb.Error as error:
-            self._judge = None
+            # The entry may lie in the ring, to be played after a power cut: it must not, if the
+            # caller is told that nothing was committed.
+            shared.suspect = 1
             try:
-                with self._replica.index.read():
-                    pass
+                with index.read() as reader:
+                    unknown = index.state(reader).version >= batch.state.version
+                if not unknown:
+                    self._mend()
             except EverpoolError:
-                # The data were written, but not whether they count.
+                unknown = True
+            if unknown:
                 ids = ", ".join(str(result.id) for result in results[:3])
                 raise CommitUnknownError(
                     f"the disk failed during the commit of {ids} ({error}): open the pool again "
@@ -378,15 +421,23 @@ class Writer:
                 pass
 
     def _index(
-        self, txn: lmdb.Transaction, records: list[Record], flushed: "Flushed | None"
+        self,
+        txn: lmdb.Transaction,
+        records: list[Record],
+        flushed: "Flushed | None",
+        replayed: "tuple[Entry, int] | None",
     ) -> tuple[Batch, list[Result]]:
         state = self._replica.index.state(txn)
         first_version = state.version + 1
         batch = Batch(self._replica, txn, state)
         judge = self._judge_for(batch, records)
-        first_sequence = self._next_sequence(batch)
-        entry = Entry(self._session, first_sequence, state.position, state.hash, records)
-        data = encode_entry(entry)
+        if replayed is not None:
+            entry, now_ns = replayed
+        else:
+            first = self._next_sequence(batch)
+            entry = Entry(self._session, first, state.position, state.hash, records)
+            now_ns = max(state.time_ns + 1, time.time_ns())
+        batch.entry = data = encode_entry(entry)
         outcomes: list[RecordOutcome] = []
         results: list[Result] = []
         for at, (decision, session) in enumerate(judge.entry(entry)):
@@ -395,13 +446,13 @@ class Writer:
                 batch.sessions[entry.session] = session
             outcomes.append(RecordOutcome(int(decision.verdict), decision.detail, resolved))
             old = [item.old for item in resolved if item.old]
-            id = RecordId(entry.session, first_sequence + at)
+            id = RecordId(entry.session, entry.first_sequence + at)
             results.append(Result(id, decision.verdict, decision.version, decision.detail, old))
         state.version = judge.version
         state.next_id = judge.next_id
         state.position += 1
         state.hash = next_hash(state.hash, data)
-        state.time_ns = max(state.time_ns + 1, time.time_ns())
+        state.time_ns = now_ns
         if flushed is not None:
             self._note_flushed(batch, flushed)
         batch.finish(TailRow(first_version, state.time_ns, outcomes, data, batch.garbage))
