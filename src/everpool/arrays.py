@@ -146,8 +146,8 @@ def layout_of(header: bytes) -> Layout:
 def make_layout(shape: Any, dtype: Any) -> Layout:
     """Return the layout of a new array; raises `InvalidError` for what cannot be one."""
     try:
-        lengths = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-        lengths = tuple(operator.index(length) for length in lengths)
+        given = cast("tuple[Any, ...]", (shape,) if hasattr(shape, "__index__") else tuple(shape))
+        lengths = tuple(operator.index(length) for length in given)
         kind = np.dtype(dtype)
     except (TypeError, ValueError) as error:
         raise InvalidError(f"shape {shape!r} and dtype {dtype!r} make no array: {error}") from error

@@ -35,7 +35,7 @@ class Engine:
         self.read_only = read_only
         self.timeout_s = timeout_s
         self.users = 0
-        self.generation = generation
+        self.generation: int = generation
         self.replica = Replica(folder, read_only=read_only)
         self._check_complete()
         self.committer = None if read_only else Committer(self.replica, timeout_s)
@@ -226,4 +226,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-

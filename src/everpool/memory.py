@@ -69,17 +69,20 @@ class ByteSlices:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            start, stop = self._slice(key)
+            start, stop = self._slice(cast("slice[Any, Any, Any]", key))
             return self.read(start, stop - start)
         return self.read(self._position(key), 1)[0]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, slice):
-            if not isinstance(value, (int, np.integer)) or not 0 <= value <= 255:
-                raise InvalidError(f"one byte of {self.name!r} is an int from 0 to 255")
-            self.write(self._position(key), bytes([int(value)]))
+            try:
+                self.write(self._position(key), bytes([operator.index(value)]))
+            except (TypeError, ValueError) as error:
+                if isinstance(error, InvalidError):
+                    raise
+                raise InvalidError(f"one byte of {self.name!r} is an int from 0 to 255") from None
             return
-        start, stop = self._slice(key)
+        start, stop = self._slice(cast("slice[Any, Any, Any]", key))
         view = as_bytes(value)
         if len(view) != stop - start:
             raise InvalidError(
@@ -358,12 +361,12 @@ class Array:
                 return None
             whole = self._shaped(data.live())
             try:
-                found = whole[key]
+                found: Any = whole[key]
             except (IndexError, ValueError, TypeError):
                 return None  # let `_select` say what is wrong
             if isinstance(found, np.ndarray):
-                found = cast("NDArray[Any]", found)
-                found = found.copy() if found.base is not None else found
+                array = cast("NDArray[Any]", found)
+                found = array.copy() if array.base is not None else array
             if data.quiet() == settled:
                 return found
         return None
@@ -403,10 +406,10 @@ class ValueArray(Array):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            found = self._array[key]
+            found: Any = self._array[key]
         except IndexError as error:
             raise InvalidError(f"{key!r} is outside of {self.name!r} {self.shape}") from error
-        return found.copy() if isinstance(found, np.ndarray) else found
+        return cast("Any", found.copy() if isinstance(found, np.ndarray) else found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise InvalidError(

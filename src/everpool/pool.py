@@ -67,10 +67,11 @@ class Pool(MutableMapping[str, Any]):
         return _reopen, (str(self.path), self._read_only, self._timeout_s)
 
     # Mapping defines equality by content, which would read the whole pool.
-    __hash__ = object.__hash__
-
     def __eq__(self, other: object) -> bool:
         return self is other
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(self)
 
     # Lifetime
 

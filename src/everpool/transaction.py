@@ -1,6 +1,7 @@
 """Transactions: what they read is of one version, what they write becomes visible at once."""
 
 import contextlib
+import operator
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
@@ -450,9 +451,13 @@ class TransactionMemory(ByteSlices):
 
 def check_size(size: Any) -> int:
     """Return a size in bytes for new memory; raises `InvalidError`."""
-    if not isinstance(size, (int, np.integer)) or not 1 <= size <= MAX_MEMORY_BYTES:
+    try:
+        checked = operator.index(size)
+    except TypeError:
+        checked = 0
+    if not 1 <= checked <= MAX_MEMORY_BYTES:
         raise InvalidError(f"memory has 1 to {MAX_MEMORY_BYTES} bytes, not {size!r}")
-    return int(size)
+    return checked
 
 
 def _check_prefix(prefix: object) -> None:

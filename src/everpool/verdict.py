@@ -29,7 +29,6 @@ from everpool.records import (
     Allocate,
     Delete,
     Entry,
-    Fence,
     FetchAdd,
     Floor,
     Payload,
@@ -93,7 +92,7 @@ class Catalog(Protocol):
         ...
 
 
-class Bind(NamedTuple):
+class Bind(msgspec.Struct, gc=False):
     """Effect: `name` is now value `id`. `replaced` is the object that it was bound to, or 0."""
 
     name: str
@@ -102,7 +101,7 @@ class Bind(NamedTuple):
     replaced: int
 
 
-class BindMemory(NamedTuple):
+class BindMemory(msgspec.Struct, gc=False):
     """Effect: `name` is now `size` zero bytes of memory with this id."""
 
     name: str
@@ -111,7 +110,7 @@ class BindMemory(NamedTuple):
     header: bytes
 
 
-class Unbind(NamedTuple):
+class Unbind(msgspec.Struct, gc=False):
     """Effect: `name` and object `id` are gone; `size` as in `Binding`."""
 
     name: str
@@ -119,7 +118,7 @@ class Unbind(NamedTuple):
     size: int
 
 
-class Store(NamedTuple):
+class Store(msgspec.Struct, gc=False):
     """Effect: the bytes of memory `id` from `offset` on are the payload."""
 
     id: int
@@ -127,7 +126,7 @@ class Store(NamedTuple):
     payload: Payload
 
 
-class Add(NamedTuple):
+class Add(msgspec.Struct, gc=False):
     """Effect: the number at `offset` of memory `id` grows by `delta`; the old one is a result."""
 
     id: int
@@ -136,13 +135,13 @@ class Add(NamedTuple):
     delta: bytes
 
 
-class SetFloor(NamedTuple):
+class SetFloor(msgspec.Struct, gc=False):
     """Effect: the floor is now `version`."""
 
     version: int
 
 
-class SetFence(NamedTuple):
+class SetFence(msgspec.Struct, gc=False):
     """Effect: what is remembered of `session` is now `state`; None changes nothing."""
 
     session: bytes
@@ -152,7 +151,7 @@ class SetFence(NamedTuple):
 Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence
 
 
-class Decision(NamedTuple):
+class Decision(msgspec.Struct):
     """The verdict on one record: its version, what it was about, and what to apply."""
 
     verdict: Verdict
@@ -297,29 +296,34 @@ def note_effects(writes: Writes, version: int, effects: Iterable[Effect]) -> Non
     """Add what a committed record wrote to `writes`."""
     present: dict[str, tuple[bool, bool]] = {}
     for effect in effects:
-        match effect:
-            case Store(id, offset, payload):
-                writes.range(version, id, offset, offset + payload_size(payload))
-            case Add(id, offset, _, delta):
-                writes.range(version, id, offset, offset + len(delta))
-            case Bind(name, _, _, replaced):
-                writes.name(version, name)
-                before = present.get(name)
-                present[name] = (bool(replaced) if before is None else before[0], True)
-            case BindMemory(name):
-                writes.name(version, name)
-                before = present.get(name)
-                present[name] = (False if before is None else before[0], True)
-            case Unbind(name, id, size):
-                writes.name(version, name)
-                writes.range(version, id, 0, size)
-                before = present.get(name)
-                present[name] = (True if before is None else before[0], False)
-            case _:
-                pass
+        if isinstance(effect, Store):
+            end = effect.offset + payload_size(effect.payload)
+            writes.range(version, effect.id, effect.offset, end)
+        elif isinstance(effect, Bind):
+            _note_name(writes, version, present, effect.name, bool(effect.replaced), True)
+        elif isinstance(effect, Add):
+            writes.range(version, effect.id, effect.offset, effect.offset + len(effect.delta))
+        elif isinstance(effect, BindMemory):
+            _note_name(writes, version, present, effect.name, False, True)
+        elif isinstance(effect, Unbind):
+            writes.range(version, effect.id, 0, effect.size)
+            _note_name(writes, version, present, effect.name, True, False)
     for name, (was, remains) in present.items():
         if was != remains:
             writes.listing(version, name)
+
+
+def _note_name(
+    writes: Writes,
+    version: int,
+    present: dict[str, tuple[bool, bool]],
+    name: str,
+    was: bool,
+    remains: bool,
+) -> None:
+    writes.names[name] = version
+    before = present.get(name)
+    present[name] = (was if before is None else before[0], remains)
 
 
 def find_conflict(writes: Writes, record: Record) -> str | None:
@@ -355,26 +359,26 @@ class Judge:
         The caller applies each decision's effects to the catalog, and remembers the session's
         state that comes with it, before it asks for the next.
         """
-        for at, record in enumerate(entry.records):
-            sequence = entry.first_sequence + at
-            state = self._session(entry.session)
-            verdict = self._identity(entry.session, state, sequence)
-            if verdict is None or verdict is Verdict.FENCED:
-                fences = [fence for fence in state.fences if fence > sequence] if state else []
-                after = SessionState(sequence, self.version + 1, fences)
-            else:
-                after = None
+        session = entry.session
+        state = self._session(session)
+        for sequence, record in enumerate(entry.records, entry.first_sequence):
+            verdict = self._identity(session, state, sequence)
             if verdict is None:
                 decision = self._decide(record)
+                state = SessionState(sequence, decision.version, _later(state, sequence))
                 for effect in decision.effects:
-                    if type(effect) is SetFence and effect.session == entry.session:
-                        if after and effect.state:
-                            after.fences = [f for f in effect.state.fences if f > sequence]
-                yield decision, after
+                    if isinstance(effect, SetFence) and effect.session == session and effect.state:
+                        state.fences = [f for f in effect.state.fences if f > sequence]
+                yield decision, state
             else:
                 self.version += 1
                 detail = f"record {sequence} of its session"
-                yield Decision(verdict, self.version, detail, [], self.next_id), after
+                decision = Decision(verdict, self.version, detail, [], self.next_id)
+                if verdict is Verdict.FENCED:
+                    state = SessionState(sequence, self.version, _later(state, sequence))
+                    yield decision, state
+                else:
+                    yield decision, None
 
     def _session(self, session: bytes) -> SessionState | None:
         state = self.catalog.session(session)
@@ -402,9 +406,7 @@ class Judge:
             return SessionState(0, self.version, [sequence])
         if sequence <= state.last_sequence:
             return None
-        return SessionState(
-            state.last_sequence, self.version, sorted({*state.fences, sequence})
-        )
+        return SessionState(state.last_sequence, self.version, sorted({*state.fences, sequence}))
 
     def _decide(self, record: Record) -> Decision:
         snapshot = record.snapshot
@@ -425,7 +427,7 @@ class Judge:
         self.next_id = next_id
         note_effects(self.writes, self.version, effects)
         for effect in effects:
-            if type(effect) is SetFloor:
+            if isinstance(effect, SetFloor):
                 self.floor = effect.version
         return Decision(Verdict.COMMITTED, self.version, "", effects, next_id)
 
@@ -463,41 +465,52 @@ class Judge:
             return id
 
         for operation in record.operations:
-            match operation:
-                case Write(object, offset, payload):
-                    id = target(object, offset, payload_size(payload))
-                    effects.append(Store(id, offset, payload))
-                case Put(name, payload):
-                    old = binding(name)
-                    if old is not None and old.size >= 0:
-                        raise _Refused(Verdict.EXISTS, f"memory {name!r}")
-                    effects.append(Bind(name, next_id, payload, old.id if old else 0))
-                    overlay[name] = Binding(next_id, -1)
-                    next_id += 1
-                case FetchAdd(object, offset, dtype, delta):
-                    id = target(object, offset, len(delta))
-                    effects.append(Add(id, offset, dtype, delta))
-                case Delete(name):
-                    old = binding(name)
-                    if old is None:
-                        raise _Refused(Verdict.NOT_FOUND, f"{name!r}")
-                    effects.append(Unbind(name, *old))
-                    overlay[name] = None
-                    gone.add(old.id)
-                case Allocate(name, size, header):
-                    if binding(name) is not None:
-                        raise _Refused(Verdict.EXISTS, f"{name!r}")
-                    if not 0 < size <= MAX_MEMORY_BYTES:
-                        raise _Refused(Verdict.INVALID, f"{size} bytes for {name!r}")
-                    effects.append(BindMemory(name, next_id, size, header))
-                    overlay[name] = Binding(next_id, size)
-                    created.append((next_id, size))
-                    next_id += 1
-                case Floor(version):
-                    effects.append(SetFloor(max(self.floor, min(version, self.version))))
-                case Fence(session, sequence):
-                    effects.append(SetFence(session, self._fenced(session, sequence)))
+            if isinstance(operation, Write):
+                payload = operation.payload
+                id = target(operation.object, operation.offset, payload_size(payload))
+                effects.append(Store(id, operation.offset, payload))
+            elif isinstance(operation, Put):
+                name = operation.name
+                old = binding(name)
+                if old is not None and old.size >= 0:
+                    raise _Refused(Verdict.EXISTS, f"memory {name!r}")
+                effects.append(Bind(name, next_id, operation.payload, old.id if old else 0))
+                overlay[name] = Binding(next_id, -1)
+                next_id += 1
+            elif isinstance(operation, FetchAdd):
+                id = target(operation.object, operation.offset, len(operation.delta))
+                effects.append(Add(id, operation.offset, operation.dtype, operation.delta))
+            elif isinstance(operation, Delete):
+                old = binding(operation.name)
+                if old is None:
+                    raise _Refused(Verdict.NOT_FOUND, f"{operation.name!r}")
+                effects.append(Unbind(operation.name, old.id, old.size))
+                overlay[operation.name] = None
+                gone.add(old.id)
+            elif isinstance(operation, Allocate):
+                if binding(operation.name) is not None:
+                    raise _Refused(Verdict.EXISTS, f"{operation.name!r}")
+                if not 0 < operation.size <= MAX_MEMORY_BYTES:
+                    raise _Refused(
+                        Verdict.INVALID, f"{operation.size} bytes for {operation.name!r}"
+                    )
+                effects.append(
+                    BindMemory(operation.name, next_id, operation.size, operation.header)
+                )
+                overlay[operation.name] = Binding(next_id, operation.size)
+                created.append((next_id, operation.size))
+                next_id += 1
+            elif isinstance(operation, Floor):
+                floor = max(self.floor, min(operation.version, self.version))
+                effects.append(SetFloor(floor))
+            else:
+                state = self._fenced(operation.session, operation.sequence)
+                effects.append(SetFence(operation.session, state))
         return next_id
+
+
+def _later(state: SessionState | None, sequence: int) -> list[int]:
+    return [fence for fence in state.fences if fence > sequence] if state else []
 
 
 class _Refused(Exception):

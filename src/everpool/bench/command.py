@@ -106,6 +106,7 @@ def run(
     rows: Sequence[Row], sizes: Sizes, folder: Path, console: Console
 ) -> tuple[dict[str, str], list[Result]]:
     """Measure the rows in a temporary folder below `folder`; returns the machine and results."""
+    folder = folder.resolve()  # redis-server works in a folder of its own
     folder.mkdir(parents=True, exist_ok=True)
     sizes = fitting(sizes, folder, console)
     results: list[Result] = []
@@ -134,7 +135,7 @@ def fitting(sizes: Sizes, folder: Path, console: Console) -> Sizes:
     """The sizes cut down to the disk and memory that there are; says so."""
     if machine.forgets(folder):
         console.print(
-            f"[yellow]{folder.resolve()} lies in memory: flushes cost nothing there, so the "
+            f"[yellow]{folder} lies in memory: flushes cost nothing there, so the "
             "durable rows say nothing. Choose a folder on a disk by --dir.[/]"
         )
     room = min(shutil.disk_usage(folder).free // ROOM_FOR_FILES, machine.memory_bytes() // 6)

@@ -175,7 +175,9 @@ def row(
     def enter(
         contenders: Callable[[Lab], Iterable[Contender]],
     ) -> Callable[[Lab], Iterable[Contender]]:
-        words = title if callable(title) else lambda sizes: title
+        def words(sizes: Sizes) -> str:
+            return title if isinstance(title, str) else title(sizes)
+
         ROWS[name] = Row(name, words, style, tuple(goals), contenders, rounds_at_most)
         return contenders
 

@@ -145,7 +145,7 @@ def _dress(axes: Any, groups: Sequence[_Group], lines: float) -> None:
     axes.set_xlim(min(0.5, *marks) / 1.7, max(10.0, *marks, *(bar.ratio * 12 for bar in bars)))
     axes.set_ylim(lines - 0.2, -0.1)
     axes.axvline(1, color=FAINT, linewidth=1, zorder=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g} x")
+    axes.xaxis.set_major_formatter("{x:,g} x")
     axes.tick_params(axis="x", which="both", labelsize=8.5, colors=FAINT)
     axes.tick_params(axis="x", which="minor", length=0)
     axes.tick_params(axis="y", length=0)

@@ -6,7 +6,13 @@ import typer
 
 import everpool
 from everpool.cli import objects, trees, watching
-from everpool.cli.boundary import Example, add_command, examples_text, exit_codes_text
+from everpool.cli.boundary import (
+    Example,
+    add_command,
+    examples_text,
+    exit_codes_text,
+    help_text,
+)
 from everpool.cli.terminal import print_line
 
 _FIRST_STEPS = (
@@ -32,8 +38,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def main(
+def everpool_(
     version: Annotated[
         bool,
         typer.Option(
@@ -48,6 +53,7 @@ def main(
     """
 
 
+app.callback(help=help_text(everpool_))(everpool_)
 objects.register(app)
 trees.register(app)
 watching.register(app)
@@ -82,9 +88,14 @@ def _forward(command: Any, context: typer.Context) -> None:
         inner = typer.Typer(
             add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
         )
-        inner.command(context_settings={"help_option_names": ["-h", "--help"]})(command)
+        settings = {"help_option_names": ["-h", "--help"]}
+        inner.command(help=help_text(command), context_settings=settings)(command)
         command = inner
-    command(args=context.args, prog_name=f"everpool {context.info_name}", standalone_mode=False)
+    name = f"everpool {context.info_name}"
+    # Not standalone: it returns its exit code, and its errors pass through our boundary.
+    code = command(args=context.args, prog_name=name, standalone_mode=False)
+    if isinstance(code, int) and code:
+        raise typer.Exit(code)
 
 
 add_command(app, "bench", **_FORWARD)(bench)

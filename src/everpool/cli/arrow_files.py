@@ -1,26 +1,26 @@
 """Arrow tables in files: Parquet where that keeps every type, else Arrow's own format."""
 
+import importlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from everpool.cli.describe import BATCH
 from everpool.errors import InvalidError
 
 
-def _arrow() -> Any:
+def arrow() -> Any:
+    """Return the module pyarrow; raises `InvalidError` that says how to install it."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
     except ImportError:
         raise InvalidError(
             "tables need pyarrow, which is not installed: pip install 'everpool[arrow]'"
         ) from None
-    return pyarrow
 
 
 def suffix_for(table: Any) -> str:
     """Return `.parquet` when a Parquet file gives this schema back unchanged, else `.arrow`."""
-    pa = _arrow()
+    pa = arrow()
     try:
         sink = pa.BufferOutputStream()
         pa.parquet.write_table(table.schema.empty_table(), sink)
@@ -32,7 +32,7 @@ def suffix_for(table: Any) -> str:
 
 def write_table(table: Any, file: object, suffix: str) -> None:
     """Write a table or record batch to a file object in the format that `suffix` names."""
-    pa = _arrow()
+    pa = arrow()
     if not isinstance(table, pa.Table):
         table = pa.Table.from_batches([table])
     sink = pa.PythonFile(cast(BinaryIO, file), mode="w")
@@ -46,8 +46,8 @@ def write_table(table: Any, file: object, suffix: str) -> None:
 
 
 def read_table(path: Path, kind: str) -> Any:
-    """Return the table in a .parquet or .arrow file, as a record batch when `kind` says so."""
-    pa = _arrow()
+    """Return the table in a .parquet or .arrow file, as a record batch when `kind` is "batch"."""
+    pa = arrow()
     try:
         if path.suffix == ".arrow":
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -56,7 +56,7 @@ def read_table(path: Path, kind: str) -> Any:
             table = pa.parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
         raise InvalidError(f"{path} is not a table that Arrow can read: {error}") from None
-    if kind != BATCH:
+    if kind != "batch":
         return table
     batches = table.combine_chunks().to_batches()
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)

@@ -1,10 +1,11 @@
 """Where errors become exit codes, and examples become help: every command passes through here."""
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import typer
 from rich.markup import escape
@@ -71,10 +72,18 @@ def add_command(
         def command(*args: _P.args, **kwargs: _P.kwargs) -> None:
             _run(lambda: function(*args, **kwargs))
 
-        app.command(name, epilog=examples_text(examples), **settings)(command)  # type: ignore[arg-type]
+        epilog = examples_text(examples)
+        more: dict[str, Any] = settings
+        app.command(name, help=help_text(function), epilog=epilog, **more)(command)
         return command
 
     return register
+
+
+def help_text(function: Callable[..., object]) -> str:
+    """Return a function's docstring with each paragraph on one line, for any width to wrap."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
 
 
 def examples_text(examples: tuple[Example, ...]) -> str:
@@ -97,7 +106,7 @@ def _run(call: Callable[[], None]) -> None:
     except EverpoolError as error:
         say(f"[red]{escape(error.kind)}:[/red] {escape(str(error))}")
         raise typer.Exit(exit_code(error)) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read our output has enough; the interpreter must not complain at its end either.

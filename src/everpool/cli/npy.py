@@ -97,7 +97,7 @@ def _layout(dtype: "np.dtype[Any]") -> Any:
         return {"base": _layout(base), "shape": list(shape)}
     if dtype.fields is None or dtype.names is None:
         return dtype.str
-    fields = [dtype.fields[name] for name in dtype.names]
+    fields = [cast(Any, dtype.fields)[name] for name in dtype.names]
     return {
         "names": list(dtype.names),
         "formats": [_layout(field[0]) for field in fields],

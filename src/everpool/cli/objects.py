@@ -1,5 +1,6 @@
 """The commands for single objects: put, get, cat, ls, rm."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,6 @@ from everpool.cli.terminal import (
     count,
     human_size,
     meter,
-    print_json,
     print_line,
     printable,
     say,
@@ -268,7 +268,7 @@ def ls(
 ) -> None:
     """List names in order, one a line.
 
-    With -l the columns are kind, size, the version that changed it last (memory only), name, and
+    With -l the columns are kind, size, the version that changed it last (arrays and memory), name, and
     the type and shape of arrays and tables. With --json one JSON array is printed: of names, or
     with -l of objects.
     """
@@ -284,9 +284,12 @@ def ls(
 def _entries(opened: everpool.Pool, prefix: str) -> Iterator[dict[str, Any]]:
     for name in opened.names(prefix):
         try:
-            yield describe(name, opened[name])
-        except NotFoundError:
-            continue  # deleted since the names were read
+            facts = describe(name, opened[name])
+            if facts["kind"] == ARRAY:
+                facts["version"] = opened.array(name).version
+        except (NotFoundError, InvalidError):
+            continue  # deleted or replaced since it was looked at
+        yield facts
 
 
 def _long_line(facts: dict[str, Any]) -> str:
@@ -295,12 +298,11 @@ def _long_line(facts: dict[str, Any]) -> str:
 
 
 def _print_json_array(entries: Iterator[Any]) -> None:
-    separator = "["
+    separator = "[\n"
     for entry in entries:
-        sys.stdout.write(separator)
-        print_json(entry)
-        separator = ","
-    print_line("]" if separator == "," else "[]")
+        sys.stdout.write(separator + json.dumps(entry, ensure_ascii=False))
+        separator = ",\n"
+    print_line("\n]" if separator.startswith(",") else "[]")
 
 
 _RM_EXAMPLES = (

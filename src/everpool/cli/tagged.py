@@ -32,10 +32,12 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
+from everpool.cli.arrow_files import arrow
 from everpool.errors import InvalidError
 
 TAG = "$everpool"
 _NATIVE_INT_BITS = 1024
+_JSON_LIKE = (bool, int, float, complex, list, tuple, dict, dt.date, np.generic)
 _CANONICAL_NAN = struct.pack(">d", math.nan)
 
 
@@ -61,8 +63,7 @@ def from_json(text: str | bytes) -> Any:
 
 def is_json_like(value: object) -> bool:
     """Return whether `value` is neither bytes, text, an array, a table nor memory."""
-    plain = bool | int | float | complex | list | tuple | dict | dt.date | np.generic
-    return value is None or isinstance(value, plain)
+    return value is None or isinstance(value, _JSON_LIKE)
 
 
 def _tagged(kind: str, value: object, **more: object) -> dict[str, object]:
@@ -71,7 +72,7 @@ def _tagged(kind: str, value: object, **more: object) -> dict[str, object]:
 
 def _plain(value: Any) -> object:
     if isinstance(value, np.generic):
-        return _plain_scalar(value)
+        return _plain_scalar(cast("np.generic[Any]", value))
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -127,15 +128,13 @@ def _plain_dict(value: dict[str, object]) -> object:
 
 def _plain_arrow(value: Any) -> object:
     module = type(value).__module__
-    if module.startswith("pyarrow"):
-        import pyarrow as pa
-
-        if isinstance(value, pa.Table | pa.RecordBatch):
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, value.schema) as writer:  # pyright: ignore
-                writer.write(value)
-            kind = "table" if isinstance(value, pa.Table) else "batch"
-            return _tagged(kind, _base64(sink.getvalue().to_pybytes()))
+    if module.startswith("pyarrow") and hasattr(value, "schema"):
+        pa = arrow()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, value.schema) as writer:
+            writer.write(value)
+        kind = "table" if isinstance(value, pa.Table) else "batch"
+        return _tagged(kind, _base64(sink.getvalue().to_pybytes()))
     raise InvalidError(f"a {module}.{type(value).__name__} cannot be written as JSON")
 
 
@@ -174,7 +173,7 @@ def _not_finite(value: float) -> str:
 
 def _float(text: str) -> float:
     if len(text) == 16:
-        return cast(float, struct.unpack(">d", bytes.fromhex(text))[0])
+        return struct.unpack(">d", bytes.fromhex(text))[0]
     return float(text)
 
 
@@ -197,15 +196,11 @@ def _array(text: str) -> "np.ndarray[Any, Any]":
 
 
 def _table(text: str) -> object:
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(_bytes(text)).read_all()
+    return arrow().ipc.open_stream(_bytes(text)).read_all()
 
 
 def _batch(text: str) -> object:
-    import pyarrow as pa
-
-    return pa.ipc.open_stream(_bytes(text)).read_next_batch()
+    return arrow().ipc.open_stream(_bytes(text)).read_next_batch()
 
 
 def _complex(parts: list[Any]) -> complex:

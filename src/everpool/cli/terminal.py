@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -56,7 +56,7 @@ class _Bar:
 
 
 @contextmanager
-def meter() -> Iterator[Meter]:
+def meter() -> Generator[Meter, None, None]:
     """Yield a meter that draws a bar on stderr when that is a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield Silent()
@@ -74,7 +74,7 @@ def meter() -> Iterator[Meter]:
 
 
 @contextmanager
-def spinner(what: str) -> Iterator[None]:
+def spinner(what: str) -> Generator[None, None, None]:
     """Show on a terminal that `what` is under way, and for how long; its end is not known."""
     if not sys.stderr.isatty():
         yield

@@ -4,14 +4,15 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 import everpool
@@ -57,7 +58,7 @@ def demo(
 
 
 @contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
+def _folder(keep: Path | None) -> Generator[Path, None, None]:
     """Yield the folder to work in; removed at the end, however that comes, unless it is kept."""
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,8 @@ def _check(pool: everpool.Pool, storm: Storm) -> None:
     failed = 0
     for check in audit(pool, storm, _OPENING_BALANCE):
         mark = "[green]yes[/green]" if check.held else "[bold red]NO[/bold red] "
-        _out.print(f"   {mark}  {check.statement}\n        [dim]{check.figures}[/dim]")
+        _out.print(f"   {mark}  {check.statement}", soft_wrap=True)
+        _out.print(Padding(f"[dim]{check.figures}[/dim]", (0, 0, 0, 8), expand=False))
         failed += not check.held
     if failed:
         raise DemoFailedError(f"{failed} of the statements above did not hold")
@@ -138,26 +140,33 @@ def _check(pool: everpool.Pool, storm: Storm) -> None:
 
 def _show_speeds(pool: everpool.Pool, folder: Path) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("", "Everpool", "the limit", "", "ratio"):
-        table.add_column(column, justify="right" if column not in ("",) else "left")
+    table.add_column("", no_wrap=True)
+    table.add_column("Everpool", justify="right")
+    table.add_column("limit", justify="right")
+    table.add_column("ratio", justify="right")
+    table.add_column("what limits", no_wrap=True)
     with _out.status("measuring"):
         for speed in speeds.measure(pool, folder):
-            ratio = f"{speed.pool_s / speed.limit_s:.2g} x"
-            row = (speed.what, _time(speed.pool_s), _time(speed.limit_s), speed.limit, ratio)
-            table.add_row(*row)
+            ratio = f"{_three_digits(speed.pool_s / speed.limit_s)} x"
+            times = (_time(speed.pool_s), _time(speed.limit_s))
+            table.add_row(speed.what, *times, ratio, speed.limit)
     _out.print(table)
 
 
 def _time(seconds: float) -> str:
     for factor, unit in ((1e9, "ns"), (1e6, "us"), (1e3, "ms")):
         if seconds * factor < 1000:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
+            return f"{_three_digits(seconds * factor)} {unit}"
+    return f"{_three_digits(seconds)} s"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _heading(text: str) -> None:
     _out.print(f"\n[bold]{text}[/bold]")
 
 
-def _say(text: Any) -> None:
-    _out.print(f"   {escape(str(text))}")
+def _say(text: str) -> None:
+    _out.print(Padding(escape(text), (0, 0, 0, 3), expand=False))

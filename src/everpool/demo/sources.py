@@ -1,5 +1,6 @@
 """The real data of the demo: files that ship inside installed packages."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +45,16 @@ def read_volumes() -> list[Volume]:
 
 
 def _read_volume(name: str, what: str, path: Path) -> Volume:
-    import nibabel
-
-    image: Any = nibabel.load(path)  # pyright: ignore
+    nibabel: Any = importlib.import_module("nibabel")
+    image = nibabel.load(path)
     return Volume(name, what, image.dataobj.get_unscaled(), image.affine)
 
 
 def read_table() -> Any:
     """Read the table of airports of the United States as an Arrow table."""
     try:
-        from pyarrow import csv
+        csv: Any = importlib.import_module("pyarrow.csv")
     except ImportError:
         raise MissingPackageError("The demo's table needs the package pyarrow.") from None
 
-    table: Any = csv.read_csv(_file_of("vega_datasets", "_data/airports.csv"))  # pyright: ignore
-    return table
+    return csv.read_csv(_file_of("vega_datasets", "_data/airports.csv"))

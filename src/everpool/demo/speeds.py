@@ -44,7 +44,7 @@ def _small_read(pool: everpool.Pool) -> Speed:
     pool_s, limit_s = _in_turns(
         lambda: pool["speed/small"], lambda: plain["speed/small"], repeat=2000
     )
-    return Speed("read a small value", pool_s, "a dict in this process", limit_s)
+    return Speed("read 64 bytes", pool_s, "a dict", limit_s)
 
 
 def _small_commit(pool: everpool.Pool, file: int) -> Speed:
@@ -56,7 +56,7 @@ def _small_commit(pool: everpool.Pool, file: int) -> Speed:
         os.fdatasync(file)
 
     pool_s, limit_s = _in_turns(commit, write, repeat=100)
-    return Speed("store a small value, durably", pool_s, "write + fdatasync", limit_s)
+    return Speed("store 64 bytes, durably", pool_s, "write + fdatasync", limit_s)
 
 
 def _bulk(pool: everpool.Pool, file: int) -> Iterator[Speed]:
@@ -72,13 +72,13 @@ def _bulk(pool: everpool.Pool, file: int) -> Iterator[Speed]:
 
     pool_s, limit_s = _in_turns(store, write, repeat=1)
     size = f"{_BULK_BYTES // _MIB} MiB"
-    yield Speed(f"store an array of {size}, durably", pool_s, "file write + fsync", limit_s)
+    yield Speed(f"store {size}, durably", pool_s, "file write + fsync", limit_s)
     pool_s, limit_s = _in_turns(
         lambda: np.add.reduce(pool["speed/bulk"], dtype=np.uint64),  # type: ignore[call-overload]
         lambda: np.add.reduce(array, dtype=np.uint64),
         repeat=1,
     )
-    yield Speed(f"open it and add up its {size}", pool_s, "NumPy in RAM", limit_s)
+    yield Speed(f"open and add up {size}", pool_s, "NumPy in RAM", limit_s)
     del pool["speed/bulk"]
 
 

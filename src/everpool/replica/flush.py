@@ -106,4 +106,3 @@ def block_checksum(view: memoryview, block: int) -> int:
     """Return the checksum of one block of memory."""
     start = block << BLOCK_SHIFT
     return xxh3_64_intdigest(view[start : start + (1 << BLOCK_SHIFT)])
-

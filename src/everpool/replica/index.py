@@ -176,7 +176,7 @@ def translate(error: lmdb.Error, doing: str) -> EverpoolError:
     damage = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError)
     if isinstance(error, (*damage, lmdb.VersionMismatchError)):
         return CorruptionError(
-            f"{doing}: the index is damaged ({text}): run `everpool verify`, then restore from a copy"
+            f"{doing}: the index is damaged ({text}): run `everpool verify`, then restore a copy"
         )
     if isinstance(error, lmdb.ReadonlyError) or "ermission denied" in text:
         return InvalidError(f"{doing}: no permission to write: open with read_only=True")

@@ -1,12 +1,12 @@
 """The folder of a pool at a path.
 
-    everpool.json     says that this is a pool, its id and its format; written last
-    lock              the writer's lock
-    shared            the shared page
-    index/            LMDB: the index and the tail
-    memory/           one file for each memory object
-    values/           one file for each large value
-    staging/          large values that no record names yet
+everpool.json     says that this is a pool, its id and its format; written last
+lock              the writer's lock
+shared            the shared page
+index/            LMDB: the index and the tail
+memory/           one file for each memory object
+values/           one file for each large value
+staging/          large values that no record names yet
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from pathlib import Path
 import msgspec
 
 from everpool.errors import CorruptionError, InvalidError, NotFoundError, UnavailableError
+from everpool.records import EMPTY_HASH
 from everpool.replica import ring
 from everpool.replica.bulk import sync_folder
 from everpool.replica.index import FORMAT, Index, State, translated
 from everpool.replica.lock import WriterLock
 from everpool.replica.shared import SharedPage
-from everpool.records import EMPTY_HASH
 
 MARKER = "everpool.json"
 _FOLDERS = ("index", "memory", "values", "staging")
 _SHARED_BETWEEN_MACHINES = frozenset(
-    "nfs nfs4 cifs smb3 smbfs ceph lustre gpfs afs beegfs ocfs2 gfs2 glusterfs "
-    "fuse.glusterfs fuse.sshfs fuse.cephfs afpfs webdav".split()
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "lustre", "gpfs", "afs", "beegfs", "ocfs2"}
+    | {"gfs2", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.cephfs", "afpfs", "webdav"}
 )
 
 

@@ -95,6 +95,7 @@ class SharedPage:
         """Make the page valid for this boot, with everything up to `version` applied."""
         self._words[_STARTED] = version
         self._words[_APPLIED] = version
+        self.suspect = 0
         self._map[8:24] = boot_id()
         self._map[:8] = _MAGIC
 

@@ -160,7 +160,9 @@ class _Checker:
             for last, row in index.tail_after(txn, 0):
                 base = decode_entry(row.entry).base_hash
                 if running and (base != running or row.first_version != version + 1):
-                    self.damage("tail", f"version {row.first_version} does not follow the one before")
+                    self.damage(
+                        "tail", f"version {row.first_version} does not follow the one before"
+                    )
                 running, version = next_hash(base, row.entry), last
                 self.count(len(row.entry))
             if running and (running != state.hash or version != state.version):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import lmdb
 
-from everpool.errors import CommitUnknownError, EverpoolError, UnavailableError
+from everpool.errors import CommitUnknownError, EverpoolError
 from everpool.records import (
     Entry,
     Payload,
@@ -52,8 +52,8 @@ from everpool.replica.replica import Replica, load_writes
 from everpool.verdict import (
     Add,
     Bind,
-    BindMemory,
     Binding,
+    BindMemory,
     Effect,
     Judge,
     SessionState,
@@ -118,35 +118,54 @@ class Batch:
 
     def apply(self, version: int, effect: Effect) -> Resolved:
         """Put one effect into the index; returns what it came to."""
+        if isinstance(effect, Store):
+            resolved = self._store(version, effect)
+        elif isinstance(effect, Bind):
+            resolved = self._bind_value(version, effect)
+        elif isinstance(effect, Add):
+            resolved = self._add(version, effect)
+        else:
+            resolved = self._apply_rare(version, effect)
+        self.applied.append((effect, resolved))
+        return resolved
+
+    def _store(self, version: int, effect: Store) -> Resolved:
+        id, payload = effect.id, effect.payload
+        if isinstance(payload, Reference):
+            self.garbage.append(payload.file)
+        if self._pending is not None:
+            self._pending.store(id, effect.offset, self._data(payload))
+        return Resolved(id, 0, self._touch(id, version))
+
+    def _bind_value(self, version: int, effect: Bind) -> Resolved:
+        name = effect.name
+        old = self._row(name)
+        if old is None:
+            self.state.names += 1
+        self._bind(name, _value_row(effect.id, version, effect.payload))
+        return Resolved(effect.id, effect.replaced, _file_of(old))
+
+    def _add(self, version: int, effect: Add) -> Resolved:
+        id, offset, delta = effect.id, effect.offset, effect.delta
+        row = self._memory_row(id)
+        assert row is not None, "the judge checked that the object exists"
+        pending = self._pending_stores()
+        old = pending.read(id, offset, len(delta), row.size)
+        new = add_numbers(old, delta, effect.dtype)
+        pending.store(id, offset, new)
+        return Resolved(id, 0, self._touch(id, version), old, new)
+
+    def _apply_rare(self, version: int, effect: Effect) -> Resolved:
         match effect:
-            case Store(id, offset, payload):
-                resolved = Resolved(id, name=self._touch(id, version))
-                if isinstance(payload, Reference):
-                    self.garbage.append(payload.file)
-                if self._pending is not None:
-                    self._pending.store(id, offset, self._data(payload))
-            case Bind(name, id, payload, replaced):
-                old = self._row(name)
-                resolved = Resolved(id, replaced, _file_of(old))
-                self.state.names += old is None
-                self._bind(name, _value_row(id, version, payload))
-            case Add(id, offset, dtype, delta):
-                row = self._memory_row(id)
-                assert row is not None
-                pending = self._pending_stores()
-                old_bytes = pending.read(id, offset, len(delta), row.size)
-                new_bytes = add_numbers(old_bytes, delta, dtype)
-                pending.store(id, offset, new_bytes)
-                resolved = Resolved(id, 0, self._touch(id, version), old_bytes, new_bytes)
             case BindMemory(name, id, size, header):
-                resolved = Resolved(id)
                 self.state.names += 1
                 self._created.add(id)
                 self.memory[id] = MemoryRow(version, size, name)
                 self.changed.add(id)
                 self._bind(name, NameRow(MEMORY, id, version, size, header))
+                return Resolved(id)
             case Unbind(name, id, size):
-                resolved = Resolved(id, size, _file_of(self._row(name)))
+                file = _file_of(self._row(name))
                 self.state.names -= 1
                 self.rows[name] = None
                 self._index.delete_name(self.txn, name)
@@ -154,16 +173,17 @@ class Batch:
                     self.memory[id] = None
                     self.changed.discard(id)
                     self._index.delete_memory(self.txn, id)
+                return Resolved(id, size, file)
             case SetFloor(floor):
-                resolved = Resolved(size=floor)
                 self.state.floor = floor
                 self._index.forget_sessions(self.txn, floor)
+                return Resolved(0, floor)
             case SetFence(session, state):
-                resolved = Resolved()
                 if state is not None:
                     self.sessions[session] = state
-        self.applied.append((effect, resolved))
-        return resolved
+                return Resolved()
+            case _:
+                raise AssertionError(f"no such effect: {effect}")
 
     def finish(self, row: TailRow) -> None:
         """Write the rows that the entry's records share, and trim the tail a little."""
@@ -188,18 +208,15 @@ class Batch:
         """Create files and reserve the disk that the effects will need."""
         memories = self._replica.memories
         for effect, resolved in self.applied:
-            match effect:
-                case Store(id, offset, payload):
-                    size = payload_size(payload)
-                    if size and self.memory[id] is not None:
-                        memories.reserve(id, offset, size)
-                case Add(id, offset, _, delta):
-                    if self.memory[id] is not None:
-                        memories.reserve(id, offset, len(delta))
-                case BindMemory(_, _, size):
-                    memories.create(resolved.id, size)
-                case _:
-                    pass
+            if isinstance(effect, Store):
+                size = payload_size(effect.payload)
+                if size and self.memory[effect.id] is not None:
+                    memories.reserve(effect.id, effect.offset, size)
+            elif isinstance(effect, Add):
+                if self.memory[effect.id] is not None:
+                    memories.reserve(effect.id, effect.offset, len(effect.delta))
+            elif isinstance(effect, BindMemory):
+                memories.create(resolved.id, effect.size)
 
     def _row(self, name: str) -> NameRow | None:
         if name in self.rows:
@@ -230,7 +247,7 @@ class Batch:
         if self._pending is None:
             self._pending = PendingStores(self._read_memory)
             for effect, _ in self.applied:
-                if type(effect) is Store:
+                if isinstance(effect, Store):
                     self._pending.store(effect.id, effect.offset, self._data(effect.payload))
         return self._pending
 
@@ -257,6 +274,8 @@ class Writer:
         shared = replica.shared
         with translated("finishing an interrupted commit"):
             replica.trusted = shared.trusted()
+            if replica.trusted and shared.suspect:
+                self._mend()
             with replica.index.read() as txn:
                 state = replica.index.state(txn)
                 applied = shared.applied if replica.trusted else state.flushed
@@ -296,10 +315,10 @@ class Writer:
             if version <= applied:
                 continue
             memories = self._replica.memories
-            if type(effect) is BindMemory:
+            if isinstance(effect, BindMemory):
                 memories.create(resolved.id, effect.size)
             # Memory that a later record deleted, and that was deleted already, needs no stores.
-            if type(effect) not in (Store, Add) or memories.path(resolved.id).exists():
+            if not isinstance(effect, (Store, Add)) or memories.path(resolved.id).exists():
                 self._apply(effect, resolved)
 
     def commit(self, records: list[Record], flushed: "Flushed | None" = None) -> list[Result]:
@@ -398,27 +417,25 @@ class Writer:
 
     def _apply(self, effect: Effect, resolved: Resolved) -> None:
         replica = self._replica
-        match effect:
-            case Store(id, offset, payload):
-                if isinstance(payload, bytes):
-                    replica.memories.write(id, offset, payload)
-                else:
-                    replica.memories.write(id, offset, replica.bulk.map(payload))
-                    replica.bulk.publish(payload)
-            case Add(id, offset):
-                replica.memories.write(id, offset, resolved.new)
-            case Bind(_, _, payload):
-                if isinstance(payload, Reference):
-                    replica.bulk.publish(payload)
-                if resolved.name:
-                    replica.bulk.remove(resolved.name)
-            case Unbind(_, id, size):
-                if size >= 0:
-                    replica.memories.remove(id)
-                elif resolved.name:
-                    replica.bulk.remove(resolved.name)
-            case _:
-                pass
+        if isinstance(effect, Store):
+            payload = effect.payload
+            if isinstance(payload, bytes):
+                replica.memories.write(effect.id, effect.offset, payload)
+            else:
+                replica.memories.write(effect.id, effect.offset, replica.bulk.map(payload))
+                replica.bulk.publish(payload)
+        elif isinstance(effect, Add):
+            replica.memories.write(effect.id, effect.offset, resolved.new)
+        elif isinstance(effect, Bind):
+            if isinstance(effect.payload, Reference):
+                replica.bulk.publish(effect.payload)
+            if resolved.name:
+                replica.bulk.remove(resolved.name)
+        elif isinstance(effect, Unbind):
+            if effect.size >= 0:
+                replica.memories.remove(effect.id)
+            elif resolved.name:
+                replica.bulk.remove(resolved.name)
 
     def _index(
         self,
@@ -529,9 +546,9 @@ class Dirty:
 
     def add(self, effect: Effect) -> None:
         """Note what the effect writes."""
-        if type(effect) is Store:
+        if isinstance(effect, Store):
             size = payload_size(effect.payload)
-        elif type(effect) is Add:
+        elif isinstance(effect, Add):
             size = len(effect.delta)
         else:
             return

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from everpool.errors import EverpoolError
 
 LONG = "l" * 600  # longer than the keys of many stores
-NAMES = ["a", "a/1", "b", "é", LONG + "1", LONG + "2"]
+VALUE_NAMES = ["a", "a/1", "é", LONG + "1"]
+MEMORY_NAMES = ["m", LONG + "2"]
+ARRAY_NAMES = ["n"]
 PREFIXES = ["", "a", "a/", "é", LONG, "none/"]
 VALUES: list[Any] = [
     0,
@@ -26,7 +28,7 @@ VALUES: list[Any] = [
     np.arange(40_000),  # large enough to be kept outside of any index
     np.full((200, 100), 7.25),
 ]
-SIZES = [1, 24, 9000]
+SIZES = [24, 9000]
 NUMBERS = ["<i8", "u1", "<f4"]
 
 
@@ -57,7 +59,8 @@ def plain(result: Any) -> Any:
         return "memory", result.name, result.size
     if hasattr(result, "fetch_add"):
         return "array", result.name, result.shape, result.dtype.str
-    return type(result).__name__, result
+    # By its repr, since a float that is not a number is not equal to itself.
+    return type(result).__name__, repr(result)
 
 
 def _put(name: str, value: Any) -> Action:
@@ -110,59 +113,104 @@ def _add_item(name: str, index: int, delta: int) -> Action:
     )
 
 
-def _by_name(words: str, apply: Callable[[Any, str], Any]) -> st.SearchStrategy[Action]:
-    return names.map(lambda name: Action(f"{words}({name[-6:]!r})", lambda to: apply(to, name)))
+def _allocate(name: str, size: int) -> Action:
+    return Action(f"allocate({name[-6:]!r}, {size})", lambda to: to.allocate(name, size))
 
 
-names = st.sampled_from(NAMES)
-_values = st.sampled_from(VALUES) | st.integers(0, 3)
-_offsets = st.sampled_from([0, 1, 8, 16, 23, 24, 4090, 8999])
-_lengths = st.sampled_from([0, 1, 4, 8, 16, 5000])
+def _allocate_array(name: str, dtype: str) -> Action:
+    return Action(
+        f"allocate_array({name[-6:]!r}, 4, {dtype!r})",
+        lambda to: to.allocate_array(name, 4, dtype),
+    )
+
+
+def _get(name: str) -> Action:
+    return Action(f"get({name[-6:]!r})", lambda to: to[name])
+
+
+def _contains(name: str) -> Action:
+    return Action(f"contains({name[-6:]!r})", lambda to: name in to)
+
+
+def _delete(name: str) -> Action:
+    return Action(f"delete({name[-6:]!r})", lambda to: to.__delitem__(name))
+
+
+def _names(prefix: str) -> Action:
+    return Action(f"names({prefix[:6]!r})", lambda to: list(to.names(prefix)))
+
+
+def _choice(items: list[Any]) -> st.SearchStrategy[Any]:
+    """As `sampled_from`, but its own text does not hold the items, which are long."""
+    return st.integers(0, len(items) - 1).map(lambda at: items[at])
+
+
+def _mostly(common: list[str]) -> st.SearchStrategy[str]:
+    """Names of one kind of object, and now and then another, which is an error or a surprise."""
+    return _choice(common * 6 + VALUE_NAMES + MEMORY_NAMES + ARRAY_NAMES)
+
+
+names = _choice(VALUE_NAMES + MEMORY_NAMES + ARRAY_NAMES)
+value_names, memory_names = _mostly(VALUE_NAMES), _mostly(MEMORY_NAMES)
+array_names = _mostly(ARRAY_NAMES)
+_values = st.integers(0, 3) | _choice(VALUES)
+_offsets = st.integers(0, 20) | st.sampled_from([0, 16, 23, 24, 4090, 8999])
+_lengths = st.sampled_from([4, 1, 8, 0, 20, 4500])
 _keys = st.sampled_from([0, 2, -1, 9, slice(None), slice(1, 3), slice(None, None, 2), [0, 2]])
 _bytes = st.sampled_from([b"\0", b"\1", b"\0\0", b"ab"])
 
-puts = st.builds(_put, names, _values)
-reads: st.SearchStrategy[Action] = st.one_of(
-    _by_name("get", lambda to, name: to[name]),
-    _by_name("contains", lambda to, name: name in to),
-    st.sampled_from(PREFIXES).map(
-        lambda prefix: Action(f"names({prefix[:6]!r})", lambda to: list(to.names(prefix)))
-    ),
-    st.just(Action("len", len)),
-    st.builds(_read, names, _offsets, _lengths),
-    st.builds(_get_items, names, _keys),
-)
-writes: st.SearchStrategy[Action] = st.one_of(
-    puts,
-    _by_name("delete", lambda to, name: to.__delitem__(name)),
-    st.builds(
-        lambda name, size: Action(
-            f"allocate({name[-6:]!r}, {size})", lambda to: to.allocate(name, size)
-        ),
-        names,
-        st.sampled_from(SIZES),
-    ),
-    st.builds(
-        lambda name, dtype: Action(
-            f"allocate_array({name[-6:]!r}, 4, {dtype!r})",
-            lambda to: to.allocate_array(name, 4, dtype),
-        ),
-        names,
-        st.sampled_from(NUMBERS),
-    ),
+_LEN = Action("len", len)
+_reads: list[st.SearchStrategy[Action]] = [
+    st.builds(_get, value_names),
+    st.builds(_contains, names),
+    _choice(PREFIXES).map(_names),
+    st.just(_LEN),
+    st.builds(_read, memory_names, _offsets, _lengths),
+    st.builds(_read, memory_names, _offsets, _lengths),
+    st.builds(_get_items, array_names, _keys),
+]
+_writes: list[st.SearchStrategy[Action]] = [
+    st.builds(_put, value_names, _values),
+    st.builds(_put, value_names, _values),
+    st.builds(_delete, names),
+    st.builds(_allocate, memory_names, st.sampled_from(SIZES)),
+    st.builds(_allocate_array, array_names, st.sampled_from(NUMBERS)),
     st.builds(
         lambda name, offset, size, byte: _write(name, offset, bytes([byte]) * size),
-        names,
+        memory_names,
         _offsets,
         _lengths,
         st.integers(1, 3),
     ),
-    st.builds(_fetch_add, names, _offsets, st.integers(-2, 2), st.sampled_from(NUMBERS)),
-    st.builds(_swap, names, _offsets, _bytes, _bytes),
-    st.builds(_set_items, names, _keys, st.integers(1, 3)),
-    st.builds(_add_item, names, st.integers(-1, 5), st.integers(-2, 2)),
+    st.builds(_fetch_add, memory_names, _offsets, st.integers(-2, 2), st.sampled_from(NUMBERS)),
+    st.builds(_swap, memory_names, _offsets, _bytes, _bytes),
+    st.builds(_set_items, array_names, _keys, st.integers(1, 3)),
+    st.builds(_add_item, array_names, st.integers(-1, 5), st.integers(-2, 2)),
+]
+reads = st.one_of(_reads)
+writes = st.one_of(_writes)
+_near = st.integers(0, 12)
+_few = st.integers(1, 4)
+MEETING_PLACES = {"m": _allocate("m", 24), "n": _allocate_array("n", "<i8")}
+byte_reads: st.SearchStrategy[Action] = st.one_of(
+    st.builds(_read, st.just("m"), _near, _few),
+    st.builds(_get_items, st.just("n"), _keys),
 )
-actions: st.SearchStrategy[Action] = reads | writes
+byte_writes: st.SearchStrategy[Action] = st.one_of(
+    st.builds(lambda offset, size: _write("m", offset, b"\7" * size), _near, _few),
+    st.builds(_set_items, st.just("n"), _keys, st.integers(1, 3)),
+    st.builds(_add_item, st.just("n"), st.integers(0, 3), st.just(1)),
+    st.builds(_fetch_add, st.just("m"), _near, st.just(1), st.sampled_from(NUMBERS)),
+)
+actions: st.SearchStrategy[Action] = st.one_of(_reads + _writes)
+
+
+def stock(target: Any) -> None:
+    """Bind some of the names, so that there is something to meet at from the beginning."""
+    target["a"] = 0
+    target["a/1"] = 0
+    target.allocate("m", 24)
+    target.allocate_array("n", 4, "<i8")
 
 
 def handle_actions() -> st.SearchStrategy[Action]:

@@ -7,20 +7,20 @@ from typing import Any
 class Harness:
     """One pool for one test, and the clients that the test opened on it.
 
-    `connect` opens another client of the pool and creates the pool the first time. `crash`, where
-    an engine can do it, ends every client without warning, as a power cut would; the default
-    closes them. `remove` is called once, after the last client is gone.
+    `connect` opens another client of the pool and creates the pool the first time. `kill`, where
+    an engine's clients can die, ends the given client without warning; the default closes it.
+    `remove` is called once, after the last client is gone.
     """
 
     def __init__(
         self,
         connect: Callable[[], Any],
         *,
-        crash: Callable[[], None] | None = None,
+        kill: Callable[[Any], None] | None = None,
         remove: Callable[[], None] | None = None,
     ) -> None:
         self._connect = connect
-        self._crash = crash
+        self._kill = kill
         self._remove = remove
         self._clients: list[Any] = []
 
@@ -35,13 +35,18 @@ class Harness:
         self._close_clients()
         return self.open()
 
+    def kill(self, client: Any) -> None:
+        """End one client without warning."""
+        self._clients = [known for known in self._clients if known is not client]
+        if self._kill is None:
+            client.close()
+        else:
+            self._kill(client)
+
     def crash(self) -> None:
         """End every client without warning."""
-        if self._crash is None:
-            self._close_clients()
-        else:
-            self._crash()
-            self._clients.clear()
+        for client in list(self._clients):
+            self.kill(client)
 
     def close(self) -> None:
         """Close every client and remove the pool."""

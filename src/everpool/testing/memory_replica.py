@@ -497,7 +497,8 @@ class MemoryReplica:
 def add_numbers(old: bytes, delta: bytes, dtype: str) -> bytes:
     """Return `old + delta` as numbers of type `dtype`; integers wrap around."""
     with np.errstate(all="ignore"):
-        return (np.frombuffer(old, dtype) + np.frombuffer(delta, dtype)).tobytes()
+        total = np.frombuffer(old, dtype) + np.frombuffer(delta, dtype)
+    return total.astype(dtype).tobytes()  # the sum has the byte order of the machine
 
 
 def _first(item: tuple[bytes, SessionState]) -> bytes:

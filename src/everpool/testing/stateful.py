@@ -32,11 +32,10 @@ from everpool.testing.harness import Harness
 from everpool.testing.reference import ReferencePool, ReferenceTransaction
 
 CLIENTS = 3
-CLOSED = "closed"
 PATIENCE_S = 30.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """One transaction, open on the engine and on the reference."""
 
@@ -64,7 +63,13 @@ class PoolMachine(RuleBasedStateMachine):
         """Pairs of versions, of the engine and of the reference, that name the same state."""
 
     @initialize()
-    def open_clients(self) -> None:
+    def create(self) -> None:
+        self._open_clients()
+        for side in (self.clients[0], self.model):
+            actions.stock(side)
+        self._wrote(0, self.clients[0].version)
+
+    def _open_clients(self) -> None:
         self.clients = [self.harness.open() for _ in range(CLIENTS)]
         self._note_version(self.clients[0].version)
         self.watch = self.clients[0].watch()
@@ -124,6 +129,47 @@ class PoolMachine(RuleBasedStateMachine):
         self.open.append(Pair(client, engine, model, self.begun))
         note(f"transaction {self.begun} begins at version {model.snapshot}")
 
+    @rule(steps=st.lists(st.tuples(st.integers(0, 2), actions.actions), min_size=3, max_size=9))
+    def interleave(self, steps: list[tuple[int, Action]]) -> None:
+        """Two transactions and plain calls, step by step; both are committed at the end."""
+        txs: dict[int, Pair] = {}
+        for who, action in steps:
+            if who == 0:
+                self.call(CLIENTS - 1, action)
+                continue
+            if who not in txs:
+                self.begin(who - 1)
+                txs[who] = self.open[-1]
+            if txs[who] in self.open:
+                self.act(self.open.index(txs[who]), [action])
+        for pair in txs.values():
+            if pair in self.open:
+                self.commit(self.open.index(pair))
+
+    @rule(mine=actions.reads, more=actions.actions, theirs=actions.writes)
+    def meet(self, mine: Action, more: Action, theirs: Action) -> None:
+        """A transaction reads, somebody else writes, and the transaction is committed."""
+        self._meet(mine, more, theirs)
+
+    @rule(mine=actions.byte_reads, more=actions.byte_reads, theirs=actions.byte_writes)
+    def meet_in_memory(self, mine: Action, more: Action, theirs: Action) -> None:
+        """The same with bytes of one object, near to each other."""
+        for name, allocate in actions.MEETING_PLACES.items():
+            if name not in self.model:
+                self.call(0, allocate)
+        self._meet(mine, more, theirs)
+
+    def _meet(self, mine: Action, more: Action, theirs: Action) -> None:
+        self.begin(0)
+        pair = self.open[-1]
+        blind = Action("['met'] = None", lambda to: to.__setitem__("met", None))
+        self.act(len(self.open) - 1, [mine, blind])
+        self.call(1, theirs)
+        if self.open and self.open[-1] is pair:
+            self.act(len(self.open) - 1, [more])
+        if self.open and self.open[-1] is pair:
+            self.commit(len(self.open) - 1)
+
     @precondition(lambda self: self.open)
     @rule(which=st.integers(0, 50), steps=st.lists(actions.actions, min_size=1, max_size=4))
     def act(self, which: int, steps: list[Action]) -> None:
@@ -177,16 +223,21 @@ class PoolMachine(RuleBasedStateMachine):
 
     # Clients
 
-    @rule(client=st.integers(1, CLIENTS - 1))
-    def close_and_open(self, client: int) -> None:
-        """Closing a client ends its transactions without commit."""
-        self.clients[client].close()
+    @rule(client=st.integers(1, CLIENTS - 1), killed=st.booleans())
+    def end_one(self, client: int, killed: bool) -> None:
+        """A client that is closed or killed takes its transactions with it, and nothing else."""
+        pool = self.clients[client]
+        if killed:
+            self.harness.kill(pool)
+        else:
+            pool.close()
         for pair in [pair for pair in self.open if pair.client == client]:
             self.open.remove(pair)
             pair.model.abort()
-            ended = _end(pair.engine)
-            empty = ended is None and not pair.model.operations
-            assert isinstance(ended, ClosedError) or empty, f"{ended!r} after close()"
+            if not killed:
+                ended = _end(pair.engine)
+                empty = ended is None and not pair.model.operations
+                assert isinstance(ended, ClosedError) or empty, f"{ended!r} after close()"
         self.handles = [kept for kept in self.handles if kept[0] != client]
         self.clients[client] = self.harness.open()
 
@@ -201,7 +252,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.handles.clear()
         self.model_watch.close()
         self.clients.clear()
-        self.open_clients()
+        self._open_clients()
         self.compare_everything()
 
     @rule()
@@ -252,11 +303,12 @@ class PoolMachine(RuleBasedStateMachine):
         if self.versions:
             last = self.versions[-1]
             assert version >= last[0], f"version {version} after {last[0]}"
-            assert version > last[0] or not self._changed_since(last[1]), "a commit kept the version"
+            changed = self._changed_between(last[1], self.model.version)
+            assert version > last[0] or not changed, "a commit kept the version"
         self.versions.append((version, self.model.version))
 
-    def _changed_since(self, version: int) -> bool:
-        return any(record.committed for record in self.model.log.records[version:])
+    def _changed_between(self, first: int, last: int) -> bool:
+        return any(record.committed for record in self.model.log.records[first:last])
 
     def _align(self, pair: Pair) -> None:
         """Let the reference read at the engine's snapshot, if that says which one it is.
@@ -267,8 +319,11 @@ class PoolMachine(RuleBasedStateMachine):
         if isinstance(snapshot, int):
             known = bisect_right(self.versions, (snapshot, sys.maxsize)) - 1
             aligned = self.versions[known][1]
-            assert aligned >= pair.model.snapshot, "the snapshot is older than the transaction"
-            pair.model.snapshot = aligned
+            if aligned > pair.model.snapshot:
+                pair.model.snapshot = aligned
+            else:  # aborted records count versions, but change nothing
+                older = self._changed_between(aligned, pair.model.snapshot)
+                assert not older, "the snapshot is older than the transaction"
 
     def _same(self, action: Action, mine: tuple[str, Any], theirs: tuple[str, Any]) -> None:
         assert mine == theirs, f"{action}: {_short(mine)}; by the reference: {_short(theirs)}"

@@ -14,7 +14,7 @@ from everpool.values._wire import Buffer, Encoded
 
 AnyArray: TypeAlias = np.ndarray[Any, Any]
 
-BLOCK_BYTES: Final = 4 << 20
+BLOCK_BYTES: Final = 2 << 20
 _MAX_DIMENSIONS: Final = 64
 _FIXED: Final = struct.Struct("<IB3s")
 _SHAPE_AT: Final = wire.HEADER_SIZE + _FIXED.size
@@ -136,19 +136,21 @@ def array_layout(data: Buffer) -> tuple[tuple[int, ...], AnyDType, bytes, int]:
 def decode_array(data: Buffer, zero_copy: bool) -> AnyArray:
     """Return the encoded array, read-only: over `data`, or over a private copy."""
     shape, dtype, order, data_at = array_layout(data)
-    # Over bytes or a writable buffer NumPy would let its user switch writing on again.
     memory = memoryview(data).toreadonly()
     if not zero_copy:
         memory = memoryview(bytes(memory[data_at:]))
         data_at = 0
+    # numpy.ndarray takes a memoryview's owner for its base, numpy.frombuffer the memoryview: only
+    # the latter keeps a writable owner's arrays from being switched back to writeable.
+    raw = np.frombuffer(memory, np.uint8)
     identity = _IDENTITIES[len(shape)]
     try:
         if order == identity:
-            return np.ndarray(shape, dtype, memory, data_at)
+            return np.ndarray(shape, dtype, raw, data_at)
         stored_shape = [shape[axis] for axis in order]
         inverse = sorted(identity, key=order.__getitem__)
-        return np.ndarray(stored_shape, dtype, memory, data_at).transpose(inverse)
-    except (ValueError, TypeError) as error:
+        return np.ndarray(stored_shape, dtype, raw, data_at).transpose(inverse)
+    except (ValueError, TypeError, OverflowError) as error:
         raise CorruptionError(f"the encoded array has an impossible shape: {error}") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from everpool.errors import InvalidError
 
-STORED: Final = (
+_STORED: Final = (
     "bytes, str, None, bool, int, float, complex, datetime, date, list, tuple, dict with str "
     "keys, NumPy arrays and scalars, Arrow tables and record batches"
 )
@@ -45,7 +45,7 @@ _REMEDIES: Final[tuple[tuple[type | tuple[type, ...], str], ...]] = (
     (tuple, "store tuple(value), or value._asdict() of a namedtuple"),
 )
 
-_REMEDIES_BY_MODULE: Final = {
+_REMEDIES_BY_PACKAGE: Final = {
     "pandas": "store pyarrow.Table.from_pandas(value) or value.to_numpy()",
     "polars": "store value.to_arrow()",
     "pyarrow": "store it as a column, pyarrow.table({'name': value})",
@@ -60,8 +60,8 @@ _REMEDIES_BY_MODULE: Final = {
 def refusal(kind: type) -> InvalidError:
     """Return the error for a value of exactly this type, with the remedy."""
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    remedy = _REMEDIES_BY_MODULE.get(kind.__module__.partition(".")[0]) or next(
-        (text for types, text in _REMEDIES if issubclass(kind, types)),
-        f"convert it to one of: {STORED}",
-    )
+    remedy = next((text for types, text in _REMEDIES if issubclass(kind, types)), None)
+    if remedy is None:
+        package = kind.__module__.partition(".")[0]
+        remedy = _REMEDIES_BY_PACKAGE.get(package, f"convert it to one of: {_STORED}")
     return InvalidError(f"a value of type {name} cannot be stored: {remedy}", type=name)

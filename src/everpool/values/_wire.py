@@ -124,7 +124,7 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
         """Yield the bytes in order, as often as it is called.
 
         Contiguous memory comes as a zero-copy, read-only memoryview of any length; what must be
-        copied comes in fresh pieces of at most 4 MiB, made one at a time.
+        copied comes in fresh pieces of at most 2 MiB, made one at a time.
         """
         left = self.size
         for piece in self.pieces:

@@ -220,6 +220,9 @@ class ReferenceArrayValue:
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
         raise InvalidError(f"{self.name!r} is a value, which is immutable: replace it whole")
 
+    def fetch_add(self, index: Any, delta: int | float) -> NoReturn:
+        self[index] = delta
+
     def view(self) -> np.ndarray[Any, Any]:
         return self._value
 

@@ -78,7 +78,7 @@ class Model:
         demand(object >= -len(created), f"memory {object} was written but never allocated")
         id = created[-object - 1] if object < 0 else object
         demand(id in self.memory, f"memory {id} was written after it was deleted")
-        inside = 0 <= offset and offset + len(data) <= len(self.memory[id])
+        inside = offset >= 0 and offset + len(data) <= len(self.memory[id])
         demand(inside, f"memory {id} was written beyond its end")
         self.memory[id][offset : offset + len(data)] = data
 
@@ -156,8 +156,9 @@ def _check_told(witness: Witness, decided: list[Decided]) -> None:
             else:
                 late = fact is not None and fact.version > at
                 demand(not late, f"{id} had expired at {at}, and was committed later")
-            demand(not expired or outcome.state == "expired", f"{id} came back after it expired")
-            expired = outcome.state == "expired"
+            back = expired and outcome.state == "committed"
+            demand(not back, f"{id} came back after it had expired")
+            expired = expired or outcome.state == "expired"
 
 
 def _at(told: Told) -> int:

@@ -134,6 +134,4 @@ def replay(replica: MemoryReplica, history: list[Appended], witness: Witness) ->
 
 
 def _words(said: tuple[bytes, list[Decided]]) -> str:
-    return ", ".join(
-        f"{one.verdict.name.lower()} at {one.version} for {one.id}" for one in said[1]
-    )
+    return ", ".join(f"{one.verdict.name.lower()} at {one.version} for {one.id}" for one in said[1])

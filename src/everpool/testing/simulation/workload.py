@@ -41,7 +41,10 @@ class View:
         row = self._replica.row(name)
         found = None
         if row is not None:
-            found = (row.id, None if row.size >= 0 or type(row.payload) is not bytes else row.payload)
+            found = (
+                row.id,
+                None if row.size >= 0 or type(row.payload) is not bytes else row.payload,
+            )
             if row.size >= 0:
                 self.handles[name] = row.id
         self.names_read.append(name)
@@ -65,9 +68,7 @@ class View:
 
     def attempt(self, kind: str) -> Attempt:
         """Return what the session sends."""
-        record = Record(
-            self.snapshot, self.names_read, self.prefixes, self.ranges, self.operations
-        )
+        record = Record(self.snapshot, self.names_read, self.prefixes, self.ranges, self.operations)
         return Attempt(kind, record, self.sights)
 
 
@@ -90,7 +91,8 @@ def genesis() -> Record:
 def transfer(rng: random.Random, view: View) -> None:
     """Move money between two accounts: their sum must stay."""
     bound = view.bound("accounts")
-    assert bound is not None, "nobody deletes the accounts"
+    if bound is None:
+        return  # a replica that has not played the first record
     poor, rich = rng.sample(range(ACCOUNTS), 2)
     amount = rng.randint(1, 5)
     for cell, change in ((poor, amount), (rich, -amount)):
@@ -206,7 +208,9 @@ def refuse(rng: random.Random, view: View) -> None:
 
 def mix(rng: random.Random, view: View) -> None:
     """Do several things at once."""
-    for part in rng.sample([transfer, count, append, toggle, recreate, scribble], rng.randint(2, 3)):
+    for part in rng.sample(
+        [transfer, count, append, toggle, recreate, scribble], rng.randint(2, 3)
+    ):
         part(rng, view)
 
 
