@@ -166,7 +166,7 @@ class Engine:
 
 
 # Counts forks: an engine of an older generation belongs to the parent process.
-generation = 0
+generation: int = 0
 _engines: dict[tuple[int, int, bool], Engine] = {}
 _mutex = threading.Lock()
 # A forked child keeps its parent's engines here: freeing them would close the parent's files.

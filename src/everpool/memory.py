@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from everpool.arrays import Layout, Selection, is_basic, layout_of
-from everpool.errors import ConflictError, InvalidError
+from everpool.commit import Submission
+from everpool.errors import ConflictError, InvalidError, NotFoundError
 from everpool.records import FetchAdd, Operation, Record, Write
 from everpool.replica.bulk import Staged
 from everpool.replica.replica import gone
@@ -212,10 +213,9 @@ class Memory(ByteSlices):
         engine = self._pool.writing_engine()
         operation = FetchAdd(self.id, offset, kind.str, encoded)
         record = Record(engine.replica.version(), [], [], [], [operation])
-        submission = engine.write(record, [])
-        submission.version()
-        assert submission.result is not None
-        return np.frombuffer(submission.result.old[0], kind)[0].item()
+        result = self._write(record, []).result
+        assert result is not None
+        return np.frombuffer(result.old[0], kind)[0].item()
 
     def compare_and_swap(self, offset: int, expected: Buffer, new: Buffer) -> bool:
         """Replace `expected` at `offset` by `new`; returns False when something else is there."""
@@ -226,7 +226,6 @@ class Memory(ByteSlices):
                 "long, and not empty"
             )
         self.check(offset, len(old))
-        engine = self._pool.writing_engine()
         while True:
             found, version = self.read_exact(offset, len(old))
             if found != old:
@@ -234,7 +233,7 @@ class Memory(ByteSlices):
             ranges = [(self.id, offset, offset + len(old))]
             record = Record(version, [], [], ranges, [Write(self.id, offset, wanted)])
             try:
-                engine.write(record, []).version()
+                self._write(record, [])
             except ConflictError:
                 continue
             return True
@@ -250,9 +249,16 @@ class Memory(ByteSlices):
         return settled if settled == self._known_version else -1
 
     def _commit(self, operations: list[Operation], staged: list[Staged]) -> None:
-        engine = self._pool.writing_engine()
-        record = Record(engine.replica.version(), [], [], [], operations)
-        engine.write(record, staged).version()
+        record = Record(self._pool.writing_engine().replica.version(), [], [], [], operations)
+        self._write(record, staged)
+
+    def _write(self, record: Record, staged: list[Staged]) -> Submission:
+        submission = self._pool.writing_engine().write(record, staged)
+        try:
+            submission.version()
+        except NotFoundError:
+            raise gone(self.name) from None
+        return submission
 
     def _attach(self) -> "Engine":
         engine = self._pool.engine()
@@ -310,9 +316,8 @@ class Array:
     def __setitem__(self, key: Any, value: Any) -> None:
         chosen = self._select(key)
         try:
-            source = np.asarray(value)
             wanted = np.empty(chosen.shape, chosen.dtype)
-            wanted[...] = source
+            wanted[...] = value
         except (TypeError, ValueError) as error:
             raise InvalidError(f"this cannot be assigned to {self.name!r}: {error}") from error
         flat = memoryview(wanted.tobytes())

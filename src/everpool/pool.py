@@ -85,8 +85,11 @@ class Pool(MutableMapping[str, Any]):
         """Wait for what was pipelined and close. Views and arrays that are in use live on."""
         if not self._closed:
             self._closed = True
+            engine = self._engine
             if self._process == os.getpid():
-                embedded.release(self._engine)
+                if engine.committer is not None:
+                    engine.committer.drain()
+                embedded.release(engine)
 
     def engine(self) -> Engine:
         """Return the engine of this process; raises `ClosedError`."""

@@ -41,7 +41,8 @@ _PAGE_BYTES = 1 << _PAGE_SHIFT
 def add_numbers(old: bytes, delta: bytes, dtype: str) -> bytes:
     """Return `old + delta` as numbers of type `dtype`; integers wrap around."""
     with np.errstate(all="ignore"):
-        return (np.frombuffer(old, dtype) + np.frombuffer(delta, dtype)).tobytes()
+        total = np.frombuffer(old, dtype) + np.frombuffer(delta, dtype)
+        return total.astype(dtype).tobytes()  # sums come in the machine's byte order
 
 
 def effects_of(entry: Entry, row: TailRow) -> Iterator[tuple[int, Effect, Resolved]]:
