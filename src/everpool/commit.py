@@ -235,13 +235,14 @@ class Committer:
         With `wait`, waits for the writer's lock; else leaves it to a live writer.
         """
         with self._leader:
-            if self._acquire(self._timeout_s if wait else 0):
-                try:
-                    self._writer.recover()
-                finally:
-                    self._lock.release()
-            elif wait:
-                raise self._busy()
+            if wait:
+                self._acquire_in_time()
+            elif not self._acquire(0):
+                return
+            try:
+                self._writer.recover()
+            finally:
+                self._lock.release()
 
     def flush(self) -> None:
         """Make mapped memory durable and trim the tail."""
@@ -297,11 +298,14 @@ class Committer:
 
     def _run(self, batch: list[Submission]) -> None:
         """Commit a batch as one entry and settle its submissions."""
+        locked = False
         try:
+            self._acquire_in_time()
+            locked = True
             results = self._append([submission.record for submission in batch], batch)
         except BaseException as error:
-            alone = len(batch) == 1 or isinstance(error, CommitUnknownError)
-            if alone or not isinstance(error, EverpoolError):
+            final = not locked or isinstance(error, CommitUnknownError)
+            if final or len(batch) == 1 or not isinstance(error, EverpoolError):
                 for submission in batch:
                     submission.settle(None, error, self._replica.bulk)
                 if not isinstance(error, Exception):
@@ -318,8 +322,6 @@ class Committer:
                 submission.settle(result, None, self._replica.bulk)
 
     def _append(self, records: list[Record], batch: list[Submission]) -> list[Result]:
-        if not self._acquire(self._timeout_s):
-            raise self._busy()
         try:
             for submission in batch:
                 for staged in submission.staged:
@@ -342,12 +344,15 @@ class Committer:
 
     def _holding_lock(self, work: Callable[[], None]) -> None:
         with self._leader:
-            if not self._acquire(self._timeout_s):
-                raise self._busy()
+            self._acquire_in_time()
             try:
                 work()
             finally:
                 self._lock.release()
+
+    def _acquire_in_time(self) -> None:
+        if not self._acquire(self._timeout_s):
+            raise self._busy()
 
     def _acquire(self, timeout_s: float) -> bool:
         with translated("taking the writer's lock"):
