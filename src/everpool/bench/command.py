@@ -35,7 +35,7 @@ def bench(
         typer.Option("--rows", help="Only these rows, by commas or repeated; see --list."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="How often everybody takes a turn (default 9).")
+        int | None, typer.Option(min=1, help="How often everybody takes a turn (default 25).")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Save every round's figures here.")

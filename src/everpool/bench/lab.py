@@ -41,8 +41,8 @@ class Sizes:
 
 
 FULL = Sizes(
-    rounds=9,
-    turn_s=0.2,
+    rounds=25,
+    turn_s=0.06,
     threads=32,
     processes=4,
     names=1_000_000,

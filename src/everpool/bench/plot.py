@@ -27,6 +27,7 @@ class _Bar:
     ratio: float
     cost: str
     goal: float | None
+    missed: bool
 
     @property
     def label(self) -> str:
@@ -79,10 +80,14 @@ def _bars(result: Result) -> list[_Bar]:
     names = [name for name, costs in result.costs.items() if costs]
     base = result.median(limits[0] if limits else names[0])
     goals: dict[str, float] = {}
+    missed: set[str] = set()
     for goal in result.goals:
         allowed = goal.allowed_cost(result.costs)
         if allowed is not None:
+            # The hardest goal is marked; whether all are reached, the table's ratios tell.
             goals[goal.subject] = min(allowed, goals.get(goal.subject, allowed))
+        if goal.outcome(result.costs) == "missed":
+            missed.add(goal.subject)
     return [
         _Bar(
             name,
@@ -90,6 +95,7 @@ def _bars(result: Result) -> list[_Bar]:
             result.median(name) / base,
             text_of(result.median(name), result.style),
             goals[name] / base if name in goals else None,
+            name in missed,
         )
         for name in names
     ]
@@ -117,8 +123,7 @@ def _draw_bar(axes: Any, bar: _Bar, place: float) -> None:
     axes.plot(bar.ratio, place, "o", color=colour, markersize=7)
     edge = max(bar.ratio, 1.0)
     if bar.goal is not None:
-        tick = INK if bar.ratio <= bar.goal * 1.0001 else MISSED
-        axes.plot(bar.goal, place, "|", color=tick, markersize=14, mew=2.2)
+        axes.plot(bar.goal, place, "|", color=MISSED if bar.missed else INK, markersize=14, mew=2.2)
         # The label keeps clear of the goal's mark, unless that is far to the right of it.
         if edge < bar.goal < edge * 20:
             edge = bar.goal

@@ -36,6 +36,7 @@ def _opening(lab: Lab, kind: str, what: str) -> Callable[[], float]:
     "open-million",
     _million_title("open a pool, and read one of it,"),
     goals=[below("Everpool", 0.050, "< 50 ms")],
+    rounds_at_most=9,
 )
 def open_million(lab: Lab) -> Iterator[Contender]:
     yield Contender("raw LMDB", "limit", _opening(lab, "lmdb", "seconds"))
@@ -59,6 +60,7 @@ def open_memory(lab: Lab) -> Iterator[Contender]:
     lambda sizes: f"go through {sizes.names:,} names",
     style="rate",
     goals=[below("Everpool", 1 / 500_000, "≥ 500,000/s")],
+    rounds_at_most=9,
 )
 def scan_names(lab: Lab) -> Iterator[Contender]:
     folder = lab.million()
@@ -96,6 +98,7 @@ def _delay(child: Child, send: Callable[[], object]) -> float:
     "watch",
     "from the call of a commit to the change in another process",
     goals=[below("Everpool", 0.005, "≤ 5 ms")],
+    rounds_at_most=9,
 )
 def watch(lab: Lab) -> Iterator[Contender]:
     def watcher(

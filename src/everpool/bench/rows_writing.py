@@ -140,7 +140,8 @@ class Crew:
     ],
 )
 def commit_threads(lab: Lab) -> Iterator[Contender]:
-    threads, turn_s = lab.sizes.threads, lab.sizes.turn_s
+    # Waking a crew of threads takes a millisecond or two, which is not to count.
+    threads, turn_s = lab.sizes.threads, 3 * lab.sizes.turn_s
 
     def crew(stores: list[Any]) -> Callable[[], float]:
         workers = [committing(store, 1000 * index) for index, store in enumerate(stores)]

@@ -5,4 +5,4 @@ def main() -> None:
     """Run the command line; ends the process with one of the exit codes of `everpool --help`."""
     from everpool.cli.app import app
 
-    app()
+    app(prog_name="everpool")

@@ -28,9 +28,9 @@ BROKEN_PIPE = 141
 
 EXIT_CODES = {
     DONE: "done",
-    FAILED: "not done: no such name, a name that is taken, damage, an unreadable file",
+    FAILED: "not done: no such name, a taken name, damage, an unreadable file",
     USAGE: "the command, or a value in it, is wrong",
-    TRY_AGAIN: "not now: the pool is busy, full or was changed meanwhile; try again later",
+    TRY_AGAIN: "not now: the pool is busy, full or was changed; try again later",
     INTERRUPTED: "stopped by Ctrl-C; a second run goes on where this one stopped",
 }
 
@@ -83,7 +83,8 @@ def add_command(
 def help_text(function: Callable[..., object]) -> str:
     """Return a function's docstring with each paragraph on one line, for any width to wrap."""
     paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
-    return escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
+    lines = [p if p.startswith(" ") else " ".join(p.split()) for p in paragraphs]
+    return escape("\n\n".join(lines))
 
 
 def examples_text(examples: tuple[Example, ...]) -> str:

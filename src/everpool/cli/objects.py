@@ -268,9 +268,9 @@ def ls(
 ) -> None:
     """List names in order, one a line.
 
-    With -l the columns are kind, size, the version that changed it last (arrays and memory), name, and
-    the type and shape of arrays and tables. With --json one JSON array is printed: of names, or
-    with -l of objects.
+    With -l the columns are kind, size, the version that changed it last (of arrays and memory),
+    name, and the type and shape of arrays and tables. With --json one JSON array is printed: of
+    names, or with -l of objects.
     """
     with open_to_read(pool) as opened:
         entries = _entries(opened, prefix) if long else opened.names(prefix)

@@ -1,11 +1,13 @@
 """Tellers that move money while one after another is killed, and what they reported."""
 
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -88,17 +90,18 @@ class Storm:
     def _start(self) -> None:
         number = len(self.tellers)
         command = [sys.executable, "-m", "everpool.demo.teller", str(self._path), str(number)]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us: we end the tellers
-        )
-        teller = Teller(number, process)
-        listener = threading.Thread(target=teller.listen, daemon=True)
-        listener.start()
-        self.tellers.append(teller)
-        self._listeners.append(listener)
+        with _uninterrupted():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us: we end the tellers
+            )
+            teller = Teller(number, process)
+            listener = threading.Thread(target=teller.listen, daemon=True)
+            listener.start()
+            self.tellers.append(teller)
+            self._listeners.append(listener)
 
     def _living(self) -> list[Teller]:
         return [teller for teller in self.tellers if not teller.killed]
@@ -127,3 +130,21 @@ class Storm:
             listener.join()
             assert teller.process.stdout is not None
             teller.process.stdout.close()
+
+
+@contextmanager
+def _uninterrupted() -> Generator[None, None, None]:
+    """Put off Ctrl-C and SIGTERM to the end of the block: no process is started and forgotten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt

@@ -6,10 +6,11 @@ be the same. Names, offsets and values are few, so that clients meet often.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from everpool.errors import EverpoolError
 
@@ -54,6 +55,7 @@ def result_of(action: Action, target: Any) -> tuple[str, Any]:
 def plain(result: Any) -> Any:
     """Return a result as data that can be compared with `==`."""
     if isinstance(result, np.ndarray | np.generic):
+        result = cast("NDArray[Any]", result)
         return type(result).__name__, result.dtype.str, result.shape, result.tobytes()
     if hasattr(result, "compare_and_swap"):
         return "memory", result.name, result.size
@@ -79,6 +81,10 @@ def _write(name: str, offset: int, data: bytes) -> Action:
         f"memory({name[-6:]!r}).write({offset}, {data[:8]!r} of {len(data)})",
         lambda to: to.memory(name).write(offset, data),
     )
+
+
+def _fill(name: str, offset: int, size: int, byte: int) -> Action:
+    return _write(name, offset, bytes([byte]) * size)
 
 
 def _fetch_add(name: str, offset: int, delta: int, dtype: str) -> Action:
@@ -176,7 +182,7 @@ _writes: list[st.SearchStrategy[Action]] = [
     st.builds(_allocate, memory_names, st.sampled_from(SIZES)),
     st.builds(_allocate_array, array_names, st.sampled_from(NUMBERS)),
     st.builds(
-        lambda name, offset, size, byte: _write(name, offset, bytes([byte]) * size),
+        _fill,
         memory_names,
         _offsets,
         _lengths,
@@ -189,6 +195,9 @@ _writes: list[st.SearchStrategy[Action]] = [
 ]
 reads = st.one_of(_reads)
 writes = st.one_of(_writes)
+look_ups: st.SearchStrategy[Action] = memory_names.map(
+    lambda name: Action(f"memory({name[-6:]!r})", lambda to: to.memory(name))
+)
 _near = st.integers(0, 12)
 _few = st.integers(1, 4)
 MEETING_PLACES = {"m": _allocate("m", 24), "n": _allocate_array("n", "<i8")}
@@ -197,7 +206,7 @@ byte_reads: st.SearchStrategy[Action] = st.one_of(
     st.builds(_get_items, st.just("n"), _keys),
 )
 byte_writes: st.SearchStrategy[Action] = st.one_of(
-    st.builds(lambda offset, size: _write("m", offset, b"\7" * size), _near, _few),
+    st.builds(_fill, st.just("m"), _near, _few, st.just(7)),
     st.builds(_set_items, st.just("n"), _keys, st.integers(1, 3)),
     st.builds(_add_item, st.just("n"), st.integers(0, 3), st.just(1)),
     st.builds(_fetch_add, st.just("m"), _near, st.just(1), st.sampled_from(NUMBERS)),
@@ -213,31 +222,28 @@ def stock(target: Any) -> None:
     target.allocate_array("n", 4, "<i8")
 
 
-def handle_actions() -> st.SearchStrategy[Action]:
-    """Actions on a handle of memory that was looked up earlier, and may be gone."""
-    return st.one_of(
-        st.builds(
-            lambda offset, size: Action(
-                f"handle.read({offset}, {size})", lambda to: to.read(offset, size)
-            ),
-            _offsets,
-            _lengths,
-        ),
-        st.builds(
-            lambda offset, byte: Action(
-                f"handle.write({offset}, {byte})", lambda to: to.write(offset, bytes([byte]) * 4)
-            ),
-            _offsets,
-            st.integers(1, 3),
-        ),
-        st.builds(
-            lambda offset: Action(f"handle.fetch_add({offset})", lambda to: to.fetch_add(offset, 1)),
-            _offsets,
-        ),
-        st.builds(
-            lambda offset: Action(
-                f"bytes(handle.view({offset}, 1))", lambda to: bytes(to.view(offset, 1))
-            ),
-            _offsets,
-        ),
+def _handle_read(offset: int, size: int) -> Action:
+    return Action(f"handle.read({offset}, {size})", lambda to: to.read(offset, size))
+
+
+def _handle_write(offset: int, byte: int) -> Action:
+    return Action(
+        f"handle.write({offset}, 4 times {byte})", lambda to: to.write(offset, bytes([byte]) * 4)
     )
+
+
+def _handle_add(offset: int) -> Action:
+    return Action(f"handle.fetch_add({offset}, 1)", lambda to: to.fetch_add(offset, 1))
+
+
+def _handle_view(offset: int) -> Action:
+    return Action(f"handle.view({offset}, 1)", lambda to: bytes(to.view(offset, 1)))
+
+
+handle_actions: st.SearchStrategy[Action] = st.one_of(
+    st.builds(_handle_read, _offsets, _lengths),
+    st.builds(_handle_write, _offsets, st.integers(1, 3)),
+    st.builds(_handle_add, _offsets),
+    st.builds(_handle_view, _offsets),
+)
+"""Actions on a handle of memory that was looked up earlier, and may be gone."""

@@ -11,14 +11,17 @@ forwards attributes, calls, indexing and `with`. Errors come back as the same cl
 import contextlib
 import multiprocessing
 import operator
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
-from everpool import errors
+import numpy as np
 
+from everpool import errors, values
+
+T = TypeVar("T")
 PATIENCE_S = 60.0
 # The server is idle and without threads when it forks a client, and has what is slow to import.
 _processes = multiprocessing.get_context("forkserver")
@@ -46,20 +49,25 @@ class _Link:
     def __init__(self, connection: Connection, process: BaseProcess) -> None:
         self._connection = connection
         self._process = process
+        self._mutex = threading.Lock()
 
     def ask(self, verb: str, target: int, *args: Any) -> Any:
+        with self._mutex:
+            kind, answer = self._exchange(verb, target, args)
+        if kind == "error":
+            raise _error(*answer)
+        return Remote(self, answer) if kind == "object" else _unpacked(answer)
+
+    def _exchange(self, verb: str, target: int, args: tuple[Any, ...]) -> tuple[str, Any]:
         try:
-            self._connection.send((verb, target, args))
+            self._connection.send((verb, target, [_packed(arg) for arg in args]))
             if not self._connection.poll(PATIENCE_S):
                 raise TimeoutError(f"no answer to {verb} {args} within {PATIENCE_S} s")
-            kind, answer = self._connection.recv()
+            return self._connection.recv()
         except (EOFError, OSError) as error:
             if isinstance(error, TimeoutError):
                 raise
             raise errors.ClosedError("the process of this client is gone") from error
-        if kind == "error":
-            raise _error(*answer)
-        return Remote(self, answer) if kind == "object" else answer
 
     def kill(self) -> None:
         self._process.kill()
@@ -116,6 +124,17 @@ class Remote:
 class RemotePool(Remote):
     """A pool in another process. `close` closes it and ends the process; `kill` only the latter."""
 
+    def run(self, function: Callable[[Any], T], attempts: int = 1000) -> T:
+        """Call `function` here with a transaction over there, until it commits."""
+        for attempt in range(attempts):
+            try:
+                with self.transaction() as tx:
+                    return function(tx)
+            except errors.ConflictError:
+                if attempt + 1 == attempts:
+                    raise
+        raise errors.InvalidError("at least one attempt is needed")
+
     def close(self) -> None:
         """Close the pool over there and end its process."""
         with contextlib.suppress(errors.ClosedError):
@@ -147,7 +166,9 @@ def _serve(connection: Connection, open_pool: Callable[..., Any], args: tuple[An
         try:
             if not objects:
                 objects.append(open_pool(*args))
-            result = None if verb == "wait" else _VERBS[verb](objects[target], *details)
+            result = (
+                None if verb == "wait" else _VERBS[verb](objects[target], *map(_unpacked, details))
+            )
             answer = _answer(objects, result)
         except Exception as error:
             name = type(error).__name__
@@ -158,37 +179,69 @@ def _serve(connection: Connection, open_pool: Callable[..., Any], args: tuple[An
             return
 
 
+def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
+
+
+def _operate(target: Any, name: str, *args: Any) -> Any:
+    return getattr(operator, name)(target, *args)
+
+
+def _enter(target: Any) -> Any:
+    return target.__enter__()
+
+
 def _exit(target: Any, failed: bool) -> Any:
-    return target.__exit__(*((ValueError, ValueError("over there"), None) if failed else [None] * 3))
+    error = ValueError("over there") if failed else None
+    return target.__exit__(type(error) if failed else None, error, None)
+
+
+def _close(target: Any) -> None:
+    target.close()
 
 
 _VERBS: dict[str, Callable[..., Any]] = {
     "attribute": getattr,
-    "call": lambda target, args, kwargs: target(*args, **kwargs),
-    "operate": lambda target, name, *args: getattr(operator, name)(target, *args),
+    "call": _call,
+    "operate": _operate,
     "length": len,
     "list": list,
-    "enter": lambda target: target.__enter__(),
+    "enter": _enter,
     "exit": _exit,
-    "close": lambda pool: pool.close(),
+    "close": _close,
 }
 
 
+# What tells a transaction or watch, a handle, and a future from plain data.
+_ALIVE = ("__exit__", "fetch_add", "compare_and_swap", "add_done_callback")
+
+
 def _answer(objects: list[Any], result: Any) -> tuple[str, Any]:
+    """Return plain data as it is, and the number of anything else, which is kept here."""
     if isinstance(result, memoryview):
-        return "value", bytes(result)
-    if isinstance(result, Iterator) and not hasattr(result, "close"):
-        return "value", list(result)  # pyright: ignore[reportUnknownArgumentType]
-    if callable(result) or isinstance(result, Future) or hasattr(result, "__exit__"):
-        return _kept(objects, result)
-    if hasattr(result, "fetch_add"):
-        return _kept(objects, result)
-    return "value", result
+        return "value", cast("memoryview[int]", result).tobytes()
+    if callable(result) or any(hasattr(result, name) for name in _ALIVE):
+        objects.append(result)
+        return "object", len(objects) - 1
+    if isinstance(result, Iterator):
+        return "value", list(cast("Iterator[Any]", result))
+    return "value", _packed(result)
 
 
-def _kept(objects: list[Any], result: Any) -> tuple[str, Any]:
-    objects.append(result)
-    return "object", len(objects) - 1
+class _Array(NamedTuple):
+    """An array on its way: pickling would turn its bytes into the machine's own order."""
+
+    encoded: bytes
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _Array(values.encode(cast("Any", value)).tobytes())
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    return values.decode(value.encoded, zero_copy=True) if isinstance(value, _Array) else value
 
 
 def _plain_facts(error: Exception) -> dict[str, Any]:

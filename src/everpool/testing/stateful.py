@@ -46,13 +46,16 @@ class Pair:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Subclass it by `pool_machine`, which says how the engine's pools are made."""
+    """`pool_machine` makes a subclass that says how the engine's pools are made."""
 
-    make_pool: Callable[[], Harness]
+    @staticmethod
+    def make_pool() -> Harness:
+        """Return a harness for a new pool."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
-        self.harness = type(self).make_pool()
+        self.harness = self.make_pool()
         self.model = ReferencePool()
         self.clients: list[Any] = []
         self.open: list[Pair] = []
@@ -100,18 +103,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert versions == sorted(set(versions)), f"pipelined versions {versions}"
         self._wrote(client, versions[-1])
 
-    @rule(client=st.integers(0, CLIENTS - 1), name=actions.names)
-    def look_up(self, client: int, name: str) -> None:
+    @rule(client=st.integers(0, CLIENTS - 1), look=actions.look_ups)
+    def look_up(self, client: int, look: Action) -> None:
         """Keep a handle, to be used after its memory may be gone."""
         pool = self._current(client)
-        look = Action(f"handle = memory({name[-6:]!r})", lambda to: to.memory(name))
         mine, theirs = result_of(look, pool), result_of(look, self.model)
         self._same(look, mine, theirs)
         if mine[0] == "returned":
-            self.handles.append((client, pool.memory(name), self.model.memory(name)))
+            self.handles.append((client, look.apply(pool), look.apply(self.model)))
 
     @precondition(lambda self: self.handles)
-    @rule(which=st.integers(0, 50), action=actions.handle_actions())
+    @rule(which=st.integers(0, 50), action=actions.handle_actions)
     def use_handle(self, which: int, action: Action) -> None:
         """A handle reaches its own memory, or nothing once that is deleted."""
         client, handle, model = self.handles[which % len(self.handles)]
@@ -333,7 +335,7 @@ class PoolMachine(RuleBasedStateMachine):
         found = pair.model.conflict()
         note(f"transaction {pair.number} is refused at a read; reference: {found}")
         assert found is not None or _below_floor(error), (
-            f"{action} in transaction {pair.number} raised {error!r}; the reference finds no conflict"
+            f"{action} in transaction {pair.number} raised {error!r}; by the reference: nothing"
         )
         pair.model.abort()
         self._leave(pair, error)

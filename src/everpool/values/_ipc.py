@@ -117,8 +117,10 @@ class _Message(NamedTuple):
         body_size = int(_I64.unpack_from(metadata, body_size_at)[0]) if body_size_at else 0
         if kind == _SCHEMA:
             endianness_at = _field(metadata, header, _SCHEMA_ENDIANNESS)
-            if body_size or (endianness_at and _I16.unpack_from(metadata, endianness_at)[0]):
-                raise CorruptionError("an Arrow schema is big-endian or has a body")
+            if endianness_at and _I16.unpack_from(metadata, endianness_at)[0]:
+                raise CorruptionError("an Arrow schema is big-endian")
+            if body_size:
+                raise CorruptionError("an Arrow schema has a body")
             return cls(kind, 0, 0, 0, 0)
         if kind == _DICTIONARY_BATCH:
             delta_at = _field(metadata, header, _DICTIONARY_IS_DELTA)
@@ -191,8 +193,10 @@ def check_messages(memory: memoryview) -> StreamCost:
         metadata = memory[at : at + metadata_size]
         at += metadata_size
         message = _Message.of(metadata)
-        if at % wire.ALIGNMENT or not 0 <= message.body_size <= len(memory) - at:
+        if not 0 <= message.body_size <= len(memory) - at:
             raise CorruptionError("an Arrow message does not fit its stream")
+        if message.body_size and at % wire.ALIGNMENT:
+            raise CorruptionError("the body of an Arrow message is not aligned")
         _check_spans(message.spans(metadata), message.body_size)
         batches += message.kind == _RECORD_BATCH
         dictionary_bytes += message.body_size * (message.kind == _DICTIONARY_BATCH)

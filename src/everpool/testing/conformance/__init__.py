@@ -21,12 +21,10 @@ from everpool.testing.conformance.values import ValueGuarantees
 from everpool.testing.conformance.watching import WatchGuarantees
 from everpool.testing.harness import Harness
 
-__all__ = ["ConformanceBase", "Harness", "PoolConformance"]
+__all__ = ["ConformanceBase", "Harness", "PoolConformance", "SharingConformance"]
 
 
-class PoolConformance(
-    MappingGuarantees,
-    ValueGuarantees,
+class SharingConformance(
     MemoryGuarantees,
     ArrayGuarantees,
     TransactionGuarantees,
@@ -35,4 +33,8 @@ class PoolConformance(
     WatchGuarantees,
     ClientGuarantees,
 ):
+    """The guarantees that several clients take part in."""
+
+
+class PoolConformance(MappingGuarantees, ValueGuarantees, SharingConformance):
     """Every guarantee of the public contract. Subclass it and override `make_pool`."""

@@ -4,6 +4,10 @@ Every test interleaves one open transaction of `pool` with whole commits of `oth
 must be refused, the engine may say so at a read inside the transaction or at its end.
 """
 
+# Pools, transactions and what they hand out are `Any` here, so that every engine fits.
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 import contextlib
 from typing import Any
 

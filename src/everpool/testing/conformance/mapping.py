@@ -1,5 +1,9 @@
 """A pool is a mapping from names to values, in the order of the names' UTF-8 bytes."""
 
+# Pools, transactions and what they hand out are `Any` here, so that every engine fits.
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 

@@ -1,5 +1,9 @@
 """Memory is zeroed, mutable byte by byte, shared live, and bounded."""
 
+# Pools, transactions and what they hand out are `Any` here, so that every engine fits.
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 import gc
 from typing import Any
 
@@ -411,7 +415,7 @@ class ArrayGuarantees(ConformanceBase):
             expected[key] = value
             assert np.array_equal(grid[...], expected)
 
-    def test_what_was_read_is_a_copy(self, grid: Any) -> None:
+    def test_what_was_read_of_an_array_is_a_copy(self, grid: Any) -> None:
         row = grid[2]
         row[:] = 0
         assert grid[2, 5] == 21

@@ -1,5 +1,9 @@
 """Values come back equal and of the same type, and never change under their holder."""
 
+# Pools, transactions and what they hand out are `Any` here, so that every engine fits.
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 import datetime
 import gc
 import math

@@ -1,5 +1,9 @@
 """A watch tells of every committed change under its prefix, in commit order."""
 
+# Pools, transactions and what they hand out are `Any` here, so that every engine fits.
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+
 import threading
 import time
 from typing import Any

@@ -1,9 +1,10 @@
 """Handles on memory and arrays, the same for a pool and for a transaction."""
 
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from everpool.errors import InvalidError
 from everpool.testing.reference.log import Memory
@@ -73,7 +74,7 @@ class ReferenceMemory:
 
     def __setitem__(self, key: int | slice, data: Any) -> None:
         if not isinstance(key, slice):
-            self.write(self._index(key), _as_bytes([data]))
+            self.write(self._index(key), data.to_bytes(1, "little"))
             return
         start, stop = self._slice(key)
         data = _as_bytes(data)
@@ -141,10 +142,10 @@ class ReferenceArray:
     def version(self) -> int:
         return self._bytes.version
 
-    def view(self) -> np.ndarray[Any, Any]:
+    def view(self) -> NDArray[Any]:
         return np.frombuffer(self._bytes.view(), self.dtype).reshape(self.shape)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if not self._bytes.owner.live:
             return np.asarray(self[...], dtype)
         return np.array(self.view(), dtype, copy=copy)
@@ -177,7 +178,7 @@ class ReferenceArray:
             raise InvalidError(f"{index!r} is not one element of {self.name!r}")
         return self._bytes.fetch_add(runs[0][0] * self.dtype.itemsize, delta, self.dtype)
 
-    def _fill(self, tx: Reader, content: np.ndarray[Any, Any], runs: list[tuple[int, int]]) -> None:
+    def _fill(self, tx: Reader, content: NDArray[Any], runs: list[tuple[int, int]]) -> None:
         flat = content.reshape(-1)
         for first, last in runs:
             data = tx.read(self.memory, first * self.dtype.itemsize, last * self.dtype.itemsize)
@@ -199,7 +200,7 @@ class ReferenceArray:
 class ReferenceArrayValue:
     """A read-only handle on a value that is an array."""
 
-    def __init__(self, name: str, value: np.ndarray[Any, Any]) -> None:
+    def __init__(self, name: str, value: NDArray[Any]) -> None:
         self.name = name
         self.shape = value.shape
         self.dtype = value.dtype
@@ -217,16 +218,16 @@ class ReferenceArrayValue:
         except (IndexError, TypeError, ValueError) as error:
             raise InvalidError(f"{key!r} does not index {self.name!r}: {error}") from error
 
-    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+    def __setitem__(self, key: Any, value: Any) -> None:
         raise InvalidError(f"{self.name!r} is a value, which is immutable: replace it whole")
 
-    def fetch_add(self, index: Any, delta: int | float) -> NoReturn:
+    def fetch_add(self, index: Any, delta: int | float) -> None:
         self[index] = delta
 
-    def view(self) -> np.ndarray[Any, Any]:
+    def view(self) -> NDArray[Any]:
         return self._value
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self._value, dtype, copy=copy)
 
 
@@ -241,16 +242,18 @@ def array_handle(owner: Owner, memory: Memory) -> ReferenceArray:
 
 
 def _copied(chosen: Any) -> Any:
-    return chosen.copy() if isinstance(chosen, np.ndarray) else chosen
+    return cast("NDArray[Any]", chosen).copy() if isinstance(chosen, np.ndarray) else chosen
 
 
 def _is_field(key: Any) -> bool:
-    return isinstance(key, str) or (isinstance(key, list) and bool(key) and isinstance(key[0], str))
+    """Whether NumPy takes the key for the name of a field, or for a list of such names."""
+    first = cast("list[Any]", key)[:1] if isinstance(key, list) else [key]
+    return bool(first) and isinstance(first[0], str)
 
 
 def _as_bytes(data: Any) -> bytes:
     try:
-        return bytes(data) if isinstance(data, list) else memoryview(data).tobytes()
+        return memoryview(data).tobytes()
     except (TypeError, ValueError) as error:
         raise InvalidError(f"not bytes: {error}") from error
 

@@ -4,9 +4,10 @@ import contextlib
 import operator
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from everpool.errors import (
     ClosedError,
@@ -196,7 +197,7 @@ class ReferenceTransaction(MutableMapping[str, object]):
         value = target.decoded()
         if not isinstance(value, np.ndarray):
             raise InvalidError(f"{name!r} is a {type(value).__name__}, not an array")
-        return ReferenceArrayValue(name, value)
+        return ReferenceArrayValue(name, cast("NDArray[Any]", value))
 
     def require(self, memory: Memory) -> None:
         """Raise `NotFoundError` when the memory behind a handle was deleted."""
