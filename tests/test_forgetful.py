@@ -229,14 +229,18 @@ def test_a_rename_after_a_sync_is_old_or_new(disk: ForgetfulDisk) -> None:
 
 
 def test_a_rename_across_folders_never_loses_or_doubles_the_file(disk: ForgetfulDisk) -> None:
-    for name in "xy":
+    for name in "xyz":
         (disk.path / name).mkdir()
     sync(disk.path)
     store(disk.path / "x" / "a", OLD)
     os.rename(disk.path / "x" / "a", disk.path / "y" / "a")
     assert {tuple(tree.files) for tree in states(disk)} == {("x/a",), ("y/a",)}
-    sync(disk.path / "x")
-    assert {tuple(tree.files) for tree in states(disk)} == {("y/a",)}
+    os.rename(disk.path / "y" / "a", disk.path / "z" / "a")
+    sync(disk.path / "z")
+    assert {tuple(tree.files) for tree in states(disk)} == {("z/a",)}
+    os.rename(disk.path / "z" / "a", disk.path / "x" / "a")
+    sync(disk.path / "z")
+    assert {tuple(tree.files) for tree in states(disk)} == {("x/a",)}
 
 
 def test_changes_of_one_name_keep_their_order(disk: ForgetfulDisk) -> None:
@@ -361,6 +365,16 @@ def test_a_failed_sync_is_not_made_good_by_another(disk: ForgetfulDisk) -> None:
     os.close(descriptor)
 
 
+def test_a_failed_sync_of_a_directory_may_be_tried_again(disk: ForgetfulDisk) -> None:
+    (disk.path / "a").touch()
+    disk.fail("sync")
+    with pytest.raises(OSError, match="Input/output"):
+        sync(disk.path)
+    assert outcomes(disk, "a") == {None, b""}
+    sync(disk.path)
+    assert outcomes(disk, "a") == {b""}
+
+
 def test_only_syncs_of_matching_paths_fail(disk: ForgetfulDisk) -> None:
     (disk.path / "folder").mkdir()
     disk.fail("sync", glob="folder/*.log")
@@ -411,7 +425,9 @@ def test_a_disk_has_the_capacity_it_is_given(disk: ForgetfulDisk) -> None:
     os.unlink(disk.path / "a")
     no_room(lambda: write(disk.path / "b", NEW))  # still open: still there
     os.close(descriptor)
-    write(disk.path / "b", NEW * 4)
+    for _ in range(100):
+        write(disk.path / "b", NEW * 4)
+        os.unlink(disk.path / "b")  # makes room at once
 
 
 def test_allocation_allocates_and_writes_nothing(disk: ForgetfulDisk) -> None:
@@ -728,7 +744,7 @@ def test_nothing_is_left_when_the_owner_is_ended(
     )
     assert owner.stdout and owner.stdout.readline() == "mounted\n" and is_mounted(other)
     owner.send_signal(ending)
-    owner.wait()
+    owner.wait(8)
     deadline = time.monotonic() + 5
     while (is_mounted(other) or disk_processes(other)) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -4,6 +4,7 @@ A process that opens a pool twice shares them: LMDB and record locks allow one o
 After a fork the child makes its own; the parent's are left alone there, neither used nor closed.
 """
 
+import atexit
 import os
 import threading
 import uuid
@@ -225,4 +226,12 @@ def _after_fork_in_child() -> None:
     _engines.clear()
 
 
+def _drain_at_exit() -> None:
+    """Wait for what was pipelined: its thread would end with the interpreter."""
+    for engine in list(_engines.values()):
+        if engine.committer is not None:
+            engine.committer.drain()
+
+
+atexit.register(_drain_at_exit)
 os.register_at_fork(after_in_child=_after_fork_in_child)

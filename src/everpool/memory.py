@@ -152,11 +152,10 @@ class Memory(ByteSlices):
     def read(self, offset: int, size: int) -> bytes:
         """Return an untorn copy of `size` bytes from `offset` on."""
         self.check(offset, size)
-        engine = self._attach()
-        settled = engine.replica.quiet()
-        if settled == self._known_version:
+        settled = self.quiet()
+        if settled >= 0:
             data = bytes(self._view[offset : offset + size])
-            if engine.replica.quiet() == settled:
+            if self.quiet() == settled:
                 return data
         return bytes(self.read_exact(offset, size)[0])
 
@@ -244,8 +243,17 @@ class Memory(ByteSlices):
         return self._view
 
     def quiet(self) -> int:
-        """Return the version that the mapping is exactly of, or -1 when that must be looked up."""
-        settled = self._attach().replica.quiet()
+        """Return the version that the mapping is exactly of, or -1 while it may be changing.
+
+        Raises `NotFoundError` when the object is gone.
+        """
+        replica = self._attach().replica
+        settled = replica.quiet()
+        if settled >= 0 and settled != self._known_version:
+            version, row = replica.memory_at(self.id)
+            if row is None:
+                raise gone(self.name)
+            self._known_version = version
         return settled if settled == self._known_version else -1
 
     def _commit(self, operations: list[Operation], staged: list[Staged]) -> None:

@@ -148,6 +148,11 @@ class Replica:
         with self.index.read() as txn:
             return self.index.memory_row(txn, id)
 
+    def memory_at(self, id: int) -> tuple[int, MemoryRow | None]:
+        """Return an object's row and the version it is of."""
+        with self.index.read() as txn:
+            return self.version_of(txn), self.index.memory_row(txn, id)
+
     def read_memory(
         self, id: int, name: str, mapped: memoryview, offset: int, size: int
     ) -> tuple[bytes | bytearray, int]:

@@ -211,6 +211,12 @@ byte_writes: st.SearchStrategy[Action] = st.one_of(
     st.builds(_add_item, st.just("n"), st.integers(0, 3), st.just(1)),
     st.builds(_fetch_add, st.just("m"), _near, st.just(1), st.sampled_from(NUMBERS)),
 )
+listings: st.SearchStrategy[Action] = _choice(PREFIXES).map(_names)
+bindings: st.SearchStrategy[Action] = st.one_of(
+    st.builds(_put, _choice(VALUE_NAMES), st.just(0)),
+    st.builds(_delete, _choice(VALUE_NAMES)),
+    st.builds(_allocate, _choice(MEMORY_NAMES), st.just(24)),
+)
 actions: st.SearchStrategy[Action] = st.one_of(_reads + _writes)
 
 

@@ -161,6 +161,11 @@ class PoolMachine(RuleBasedStateMachine):
                 self.call(0, allocate)
         self._meet(mine, more, theirs)
 
+    @rule(mine=actions.listings, more=actions.listings, theirs=actions.bindings)
+    def meet_in_listing(self, mine: Action, more: Action, theirs: Action) -> None:
+        """The same with listings, and names that come, go or stay in them."""
+        self._meet(mine, more, theirs)
+
     def _meet(self, mine: Action, more: Action, theirs: Action) -> None:
         self.begin(0)
         pair = self.open[-1]
