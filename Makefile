@@ -26,7 +26,7 @@ test: $(VENV)/.test fuse ## every test but the long ones
 
 check: $(VENV)/.dev ## lint, types, direction of imports
 	@$(BIN)/ruff check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports
 
 soak: $(VENV)/.test fuse ## the long tests: thousands of kills; SOAK_MINUTES=30 of them

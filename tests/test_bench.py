@@ -124,6 +124,15 @@ def test_an_absolute_goal_is_held_against_the_cost_itself() -> None:
     assert goal.outcome({}) == "not measured"
 
 
+def test_a_restless_machine_is_noticed() -> None:
+    quiet = Result("r", "", "time", {"l": "limit"}, {"l": [1.0, 1.1, 1.0, 1.1, 1.05]})
+    busy = Result("r", "", "time", {"l": "limit"}, {"l": [1.0, 4.0, 1.0, 4.0, 1.0]})
+    for result, words in ((quiet, False), (busy, True)):
+        out = io.StringIO()
+        report.print_table(Console(file=out, width=132), [result])
+        assert ("Something else used the machine" in out.getvalue()) == words
+
+
 def test_costs_in_words() -> None:
     assert text_of(3.2e-8, "time") == "32 ns"
     assert text_of(3.2e-4, "time") == "320 µs"

@@ -442,16 +442,16 @@ def test_a_delayed_sync_holds_up_nobody_else(disk: ForgetfulDisk) -> None:
     for name in "ab":
         store(disk.path / name, OLD)
     write(disk.path / "a", NEW)
-    disk.sync_delay_s = 0.3
+    disk.sync_delay_s = 1
     started = time.monotonic()
     syncing = threading.Thread(target=sync, args=(disk.path / "a",))
     syncing.start()
-    time.sleep(0.05)
+    time.sleep(0.3)
     write(disk.path / "b", NEW)
-    assert time.monotonic() - started < 0.25
+    assert syncing.is_alive()
     assert outcomes(disk, "a") == {OLD, NEW}
     syncing.join()
-    assert time.monotonic() - started >= 0.3
+    assert time.monotonic() - started >= 1
     assert outcomes(disk, "a") == {NEW}
     *_, meanwhile, synced = disk.record()
     assert isinstance(meanwhile, Write) and isinstance(synced, Sync)
@@ -770,7 +770,7 @@ def test_a_machine_without_fuse_is_told_apart(
         forgetful_fuse.mount(str(tmp_path))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a right to mount to give up")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give up the right to mount")
 def test_a_user_who_may_not_mount_is_told_so(disk: ForgetfulDisk, tmp_path: Path) -> None:
     powerless = run(
         "import ctypes, sys\n"

@@ -95,6 +95,15 @@ class Result:
         """The contender's median cost over the rounds."""
         return statistics.median(self.costs[contender])
 
+    def unrest(self) -> float:
+        """How much the limit itself varied: its upper quartile beside its lower one, from 1."""
+        spreads = [1.0]
+        for name in self.with_role("limit"):
+            if len(self.costs[name]) >= 4:
+                low, _, high = statistics.quantiles(self.costs[name], n=4)
+                spreads.append(high / low)
+        return max(spreads)
+
     def with_role(self, role: Role) -> list[str]:
         """The contenders of a role that took part, in the row's order."""
         return [name for name, its in self.roles.items() if its == role and self.costs.get(name)]
@@ -140,15 +149,16 @@ def interleave(
 ) -> None:
     """Let every contender take its turn in each of the rounds, and note what it cost.
 
-    One more round comes first and is thrown away.
+    One more round comes first and is thrown away. Every other round goes backwards, so that
+    nobody always follows the same neighbour, whose files the disk may still be busy with.
     """
     for contender in contenders:
         result.roles[contender.name] = contender.role
         result.costs[contender.name] = []
         contender.measure()
     after_round()
-    for _ in range(rounds):
-        for contender in contenders:
+    for number in range(rounds):
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
             result.costs[contender.name].append(contender.measure())
         after_round()
 

@@ -17,6 +17,7 @@ ROLES: tuple[Role, ...] = ("limit", "peer", "everpool")
 GOAL_WIDTHS = (22, 11, 8)
 NARROW_GOAL_WIDTHS = (15, 9, 8)
 WIDE = 118
+UNREST = 1.5
 
 
 def measured_in_words(goal: Goal, result: Result) -> str:
@@ -59,6 +60,14 @@ def print_table(console: Console, results: Sequence[Result]) -> None:
     console.print(table)
     for note in dict.fromkeys(note for result in results for note in result.notes):
         console.print(f"  {note}", style="dim", highlight=False)
+    restless = [result.name for result in results if result.unrest() > UNREST]
+    if restless:
+        console.print(
+            f"  [yellow]Something else used the machine during {', '.join(restless)}: the limit "
+            f"itself varied by more than {UNREST:g} x between rounds. Measure again when it is "
+            "quiet.[/]",
+            highlight=False,
+        )
 
 
 def _goal_line(widths: tuple[int, ...], *words: str) -> Table:
@@ -130,6 +139,7 @@ def as_json(machine: dict[str, str], results: Sequence[Result]) -> dict[str, Any
                     }
                     for goal in result.goals
                 ],
+                "unrest": result.unrest(),
                 "notes": result.notes,
             }
             for result in results

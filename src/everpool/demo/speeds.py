@@ -11,7 +11,6 @@ import numpy as np
 
 import everpool
 
-_ROUNDS = 5
 _BULK_BYTES = 64 << 20
 _MIB = 1 << 20
 
@@ -42,7 +41,7 @@ def _small_read(pool: everpool.Pool) -> Speed:
     pool["speed/small"] = b"x" * 64
     plain = {"speed/small": b"x" * 64}
     pool_s, limit_s = _in_turns(
-        lambda: pool["speed/small"], lambda: plain["speed/small"], repeat=2000
+        lambda: pool["speed/small"], lambda: plain["speed/small"], rounds=9, repeat=2000
     )
     return Speed("read 64 bytes", pool_s, "a dict", limit_s)
 
@@ -55,7 +54,7 @@ def _small_commit(pool: everpool.Pool, file: int) -> Speed:
         os.write(file, b"x" * 512)
         os.fdatasync(file)
 
-    pool_s, limit_s = _in_turns(commit, write, repeat=100)
+    pool_s, limit_s = _in_turns(commit, write, rounds=40, repeat=10)
     return Speed("store 64 bytes, durably", pool_s, "write + fdatasync", limit_s)
 
 
@@ -70,12 +69,13 @@ def _bulk(pool: everpool.Pool, file: int) -> Iterator[Speed]:
         os.pwrite(file, array.data, 0)
         os.fsync(file)
 
-    pool_s, limit_s = _in_turns(store, write, repeat=1)
+    pool_s, limit_s = _in_turns(store, write, rounds=5, repeat=1)
     size = f"{_BULK_BYTES // _MIB} MiB"
     yield Speed(f"store {size}, durably", pool_s, "file write + fsync", limit_s)
     pool_s, limit_s = _in_turns(
         lambda: np.add.reduce(pool["speed/bulk"], dtype=np.uint64),  # type: ignore[call-overload]
         lambda: np.add.reduce(array, dtype=np.uint64),
+        rounds=9,
         repeat=1,
     )
     yield Speed(f"open and add up {size}", pool_s, "NumPy in RAM", limit_s)
@@ -83,11 +83,11 @@ def _bulk(pool: everpool.Pool, file: int) -> Iterator[Speed]:
 
 
 def _in_turns(
-    one: Callable[[], object], other: Callable[[], object], repeat: int
+    one: Callable[[], object], other: Callable[[], object], *, rounds: int, repeat: int
 ) -> tuple[float, float]:
     """Return the median seconds of a call to each, over rounds in which they take turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for call, collected in zip((one, other), seconds, strict=True):
             begin = time.perf_counter()
             for _ in range(repeat):

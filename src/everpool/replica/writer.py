@@ -273,6 +273,9 @@ class Writer:
         replica = self._replica
         shared = replica.shared
         with translated("finishing an interrupted commit"):
+            # A writer that died inside LMDB's own commit may have left a commit that counts but
+            # that readers are not shown; beginning a write transaction makes LMDB look.
+            replica.index.env.begin(write=True).abort()
             replica.trusted = shared.trusted()
             if replica.trusted and shared.suspect:
                 self._mend()

@@ -198,8 +198,8 @@ writes = st.one_of(_writes)
 look_ups: st.SearchStrategy[Action] = memory_names.map(
     lambda name: Action(f"memory({name[-6:]!r})", lambda to: to.memory(name))
 )
-_near = st.integers(0, 12)
-_few = st.integers(1, 4)
+_near = st.integers(0, 6)
+_few = st.integers(1, 3)
 MEETING_PLACES = {"m": _allocate("m", 24), "n": _allocate_array("n", "<i8")}
 byte_reads: st.SearchStrategy[Action] = st.one_of(
     st.builds(_read, st.just("m"), _near, _few),
