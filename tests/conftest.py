@@ -13,5 +13,5 @@ _common = {
     "print_blob": True,
 }
 settings.register_profile("ci", max_examples=60, stateful_step_count=40, **_common)
-settings.register_profile("soak", max_examples=5000, stateful_step_count=80, **_common)
+settings.register_profile("soak", max_examples=2000, stateful_step_count=80, **_common)
 settings.load_profile("soak" if os.environ.get("EVERPOOL_SOAK") == "1" else "ci")

@@ -1,14 +1,21 @@
-"""The state machine on the pool at a path: in one process, and with processes that are killed."""
+"""The state machine on the pool at a path: in one process, and with processes that are killed.
 
+With EVERPOOL_SOAK=1 these run thousands of examples, and count as `soak`.
+"""
+
+import os
 import shutil
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 import everpool
 from everpool.testing import remote
 from everpool.testing.harness import Harness
 from everpool.testing.stateful import pool_machine
+
+pytestmark = [pytest.mark.soak] if os.environ.get("EVERPOOL_SOAK") == "1" else []
 
 
 def pool_in_this_process() -> Harness:

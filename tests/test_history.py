@@ -249,18 +249,18 @@ def _play_in_process(folder: str, path: str, number: int, transactions: int) -> 
             history.play(pool, recorder, choose)
 
 
-def test_a_history_of_processes_that_are_killed_is_serializable(tmp_path: Path) -> None:
+def check_killed_processes(tmp_path: Path, seed: int) -> None:
     """Three processes run to their end; others are killed at random moments meanwhile."""
-    choose = random.Random(1)
+    choose = random.Random(seed)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["everpool", "everpool.testing.history"])
+    context.set_forkserver_preload(["everpool", "everpool.testing.history", "pytest"])
     paths: list[Path] = []
 
     def start(transactions: int) -> Any:
         paths.append(tmp_path / f"{len(paths)}.jsonl")
+        number = 1000 * seed + len(paths)
         process = context.Process(
-            target=_play_in_process,
-            args=(str(tmp_path), str(paths[-1]), len(paths), transactions),
+            target=_play_in_process, args=(str(tmp_path), str(paths[-1]), number, transactions)
         )
         process.start()
         return process
@@ -279,4 +279,14 @@ def test_a_history_of_processes_that_are_killed_is_serializable(tmp_path: Path) 
         recorded = history.load(path for path in paths if path.exists())
         assert sum(tx.state == "committed" for tx in recorded.transactions) > 300
         assert any(tx.state == "aborted" for tx in recorded.transactions)
-        assert history.check(recorded, history.final_state(pool)) == []
+        assert history.check(recorded, history.final_state(pool)) == [], f"seed {seed}"
+
+
+def test_a_history_of_processes_that_are_killed_is_serializable(tmp_path: Path) -> None:
+    check_killed_processes(tmp_path, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 200))
+def test_many_histories_of_killed_processes_are_serializable(tmp_path: Path, seed: int) -> None:
+    check_killed_processes(tmp_path, seed)

@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as npst
 
 from everpool.errors import CorruptionError, InvalidError
 from everpool.values import (
+    Encoded,
     decode,
     describe,
     dtype_from_bytes,
@@ -199,10 +200,8 @@ def test_nested_plain_values_round_trip(value: object) -> None:
         (1,),
         [True, 1, 1.0],
         {"b": 1, "a": 2},
-        list(range(70_000)),
         "é" * 70_000,
         b"x" * 70_000,
-        {str(i): i for i in range(70_000)},
         date.min,
         date.max,
         datetime.min,
@@ -219,6 +218,13 @@ def test_edges_round_trip(value: object) -> None:
     round_trip(value)
     round_trip([value])
     round_trip((value, {"k": value}))
+
+
+def test_containers_of_many_members_round_trip() -> None:
+    for value in (list(range(70_000)), {str(i): i for i in range(70_000)}, (None,) * 70_000):
+        data = encode(value).tobytes()
+        assert same(value, decode(data, zero_copy=True))
+        assert same([value], decode(encode([value]).tobytes(), zero_copy=True))
 
 
 def test_every_zone_of_the_database_round_trips() -> None:
@@ -346,9 +352,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({Text("a"): 2}, "keys must be"),
     ({None: 2}, "keys must be"),
     ({np.str_("a"): 2}, "keys must be"),
-    ("\ud800", "surrogate"),
-    ({"\ud800": 1}, "surrogate"),
-    (np.str_("\udfff"), "surrogate"),
+    ("\ud800", "encode it to bytes"),
+    ({"\ud800": 1}, "encode it to bytes"),
+    (np.str_("\udfff"), "encode it to bytes"),
     (np.array([None]), "object"),
     (np.zeros(2, [("a", "i4"), ("o", "O")]), "objects"),
     (np.array(["a"], np.dtypes.StringDType()), "'U'"),
@@ -459,6 +465,28 @@ def test_special_arrays_round_trip(array: Any) -> None:
     back = round_trip(array)
     assert not back.flags.writeable
     round_trip({"k": (array, [array])})
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        np.broadcast_to(np.arange(3), (4, 3)),
+        np.broadcast_to(np.arange(4)[:, None], (4, 3)),
+        np.broadcast_to(np.arange(3)[:, None, None], (3, 4, 2)).transpose(1, 0, 2),
+        np.arange(24).reshape(2, 3, 4)[::-1, ::-1, ::-1],
+        np.arange(24).reshape(2, 3, 4)[:, ::-1, ::2],
+        np.arange(9)[::-3],
+    ],
+)
+def test_repeated_and_reversed_items_are_stored_in_the_order_of_the_axes(view: Any) -> None:
+    assert round_trip(view).flags.c_contiguous
+    if 0 not in view.strides:
+        assert round_trip(view.T).flags.f_contiguous
+
+
+def test_an_array_that_changed_its_size_meanwhile_is_noticed() -> None:
+    with pytest.raises(InvalidError, match="changed its size"):
+        list(Encoded(10, (b"123456789",)).buffers())
 
 
 def test_64_dimensions() -> None:

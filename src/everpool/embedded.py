@@ -60,7 +60,7 @@ class Engine:
         shared = self.replica.shared
         if not self.replica.trusted:
             self.committer.recover(wait=True)
-        elif shared.settled() != self.replica.state().version:
+        elif shared.settled() != self.replica.state().version or self.replica.bulk.staged():
             self.committer.recover(wait=False)
 
     def write(self, record: Record, staged: list[Staged]) -> Submission:

@@ -27,6 +27,8 @@ _SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.05
 _LOOKUP_TRIES = 20
 _MISSING = object()
+_IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
+_CACHED_BYTES = 4096
 
 
 class Outcome(NamedTuple):
@@ -112,6 +114,13 @@ class Pool(MutableMapping[str, Any]):
     # The mapping
 
     def __getitem__(self, name: str) -> Any:
+        replica = self.engine().replica
+        version, cached = replica.cached
+        # While nothing was committed since, an immutable value that was read is still the value.
+        if version == replica.quiet() and type(name) is str:
+            found = cached.get(name, _MISSING)
+            if found is not _MISSING:
+                return found
         found = self._find(check_name(name))
         if found is _MISSING:
             raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
@@ -349,11 +358,15 @@ class Pool(MutableMapping[str, Any]):
         replica = self.engine().replica
         index = replica.index
         with index.read() as txn:
+            body = index.inline(txn, name)
+            if body is not None:
+                found = values.decode(body, zero_copy=False)
+                if type(found) in _IMMUTABLE and len(body) <= _CACHED_BYTES:
+                    replica.keep(replica.version_of(txn), name, found)
+                return found
             row = index.name(txn, name)
             if row is None:
                 return _MISSING
-            if row.kind == INLINE:
-                return self._sound(name, row)
             row = row._replace(body=bytes(row.body))
         if row.kind == MEMORY:
             header = bytes(row.body)
@@ -365,7 +378,7 @@ class Pool(MutableMapping[str, Any]):
     def _decode(self, name: str, row: NameRow) -> Any:
         for _ in range(_LOOKUP_TRIES):
             if row.kind == INLINE:
-                return self._sound(name, row)
+                return values.decode(row.body, zero_copy=False)
             if row.kind == MEMORY:
                 raise ExistsError(f"{name!r} is memory now: look it up again", name=name)
             data = self.engine().replica.bulk_data(name, row)
@@ -373,9 +386,6 @@ class Pool(MutableMapping[str, Any]):
                 return values.decode(data, zero_copy=True)
             row = self._row(name)  # replaced between the two looks
         raise ConflictError(f"{name!r} is replaced faster than it can be read: try again")
-
-    def _sound(self, name: str, row: NameRow) -> Any:
-        return values.decode(row.body, zero_copy=False)
 
 
 def open_pool(

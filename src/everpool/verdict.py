@@ -397,9 +397,10 @@ class Judge:
             return Verdict.GAP
         return Verdict.FENCED if sequence in state.fences else None
 
-    def _fenced(self, session: bytes, sequence: int) -> SessionState | None:
+    def _fenced(
+        self, session: bytes, sequence: int, state: SessionState | None
+    ) -> SessionState | None:
         """Return the session's state with a fence for `sequence`, or None where none is needed."""
-        state = self._session(session)
         if state is None:
             if session_start(session) < self.floor:
                 return None  # forgotten: its records are void already
@@ -445,6 +446,7 @@ class Judge:
         overlay: dict[str, Binding | None] = {}
         created: list[tuple[int, int]] = []
         gone: set[int] = set()
+        fenced: dict[bytes, SessionState] = {}
 
         def binding(name: str) -> Binding | None:
             return overlay[name] if name in overlay else catalog.binding(name)
@@ -504,8 +506,11 @@ class Judge:
                 floor = max(self.floor, min(operation.version, self.version))
                 effects.append(SetFloor(floor))
             else:
-                state = self._fenced(operation.session, operation.sequence)
+                known = fenced.get(operation.session) or self._session(operation.session)
+                state = self._fenced(operation.session, operation.sequence, known)
                 effects.append(SetFence(operation.session, state))
+                if state is not None:
+                    fenced[operation.session] = state
         return next_id
 
 

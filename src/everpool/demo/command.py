@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -82,9 +82,10 @@ def _interrupt(*_: object) -> None:
 
 def _tell(folder: Path, seconds: float, seed: int) -> None:
     path = folder / "pool"
+    volumes, table = sources.read_volumes(), sources.read_table()
     _heading("1. Real data go into one pool")
     with everpool.open(path) as pool:
-        _store_data(pool)
+        _store_data(pool, volumes, table)
         pool.allocate_array(ACCOUNTS, (_ACCOUNTS,), "int64")[:] = _OPENING_BALANCE
     _say(f"accounts    {_ACCOUNTS:,} of them with {_OPENING_BALANCE:,} each, in a shared array")
     with Storm(path, _TELLERS, seed) as storm:
@@ -102,14 +103,13 @@ def _tell(folder: Path, seconds: float, seed: int) -> None:
     )
 
 
-def _store_data(pool: everpool.Pool) -> None:
-    for volume in sources.read_volumes():
+def _store_data(pool: everpool.Pool, volumes: list[sources.Volume], table: Any) -> None:
+    for volume in volumes:
         with pool.transaction() as tx:
             tx[volume.name] = volume.voxels
             tx[volume.name + "/affine"] = volume.affine
         shape = " x ".join(map(str, volume.voxels.shape))
         _say(f"{volume.name:<11} {volume.what}, {shape} voxels of {volume.voxels.dtype}")
-    table = sources.read_table()
     pool["airports"] = table
     _say(f"{'airports':<11} table, {table.num_rows:,} rows x {table.num_columns} columns")
 

@@ -14,6 +14,7 @@ names it is durable. What lies in `staging/` without a record is garbage: its wr
 """
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -32,6 +33,9 @@ BLOCK_BYTES = 1 << 20
 _MAGIC = b"EVBULK\0"
 _FORMAT = 1
 _FOOTER = struct.Struct("<7sBIIQ16s")
+_WRITEBACK_BLOCKS = 16
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class Staged:
@@ -66,12 +70,9 @@ class BulkFiles:
 
     def stage(self, pieces: Iterable[bytes | memoryview], size: int) -> Staged:
         """Write `size` bytes to a new file and make it durable; memory needed: one piece."""
-        name = uuid.uuid4().hex
+        name, descriptor = self._create()
         path = self._staging / name
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             table = _write_checked(descriptor, pieces, size)
             checksum = xxh3_128_digest(table)
             footer = _FOOTER.pack(_MAGIC, _FORMAT, 0, BLOCK_BYTES, size, checksum)
@@ -83,6 +84,17 @@ class BulkFiles:
             os.close(descriptor)
             raise
         return Staged(Reference(name, size, checksum), descriptor)
+
+    def _create(self) -> tuple[str, int]:
+        """Return the name of a new staged file and a descriptor that holds its lock."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        while True:
+            name = uuid.uuid4().hex
+            descriptor = os.open(self._staging / name, flags, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                return name, descriptor
+            os.close(descriptor)  # swept before it was locked
 
     def discard(self, staged: Staged) -> None:
         """Delete a staged file that no record will name."""
@@ -98,6 +110,11 @@ class BulkFiles:
         """Delete a file that nothing refers to any more. May be repeated; mappings live on."""
         (self._values / file).unlink(missing_ok=True)
         (self._staging / file).unlink(missing_ok=True)
+
+    def staged(self) -> bool:
+        """Whether there is anything in `staging/`."""
+        with os.scandir(self._staging) as entries:
+            return next(entries, None) is not None
 
     def sweep(self) -> None:
         """Delete staged files whose writers are gone. Call with the writer's lock held."""
@@ -224,9 +241,23 @@ def _write_checked(descriptor: int, pieces: Iterable[bytes | memoryview], size: 
 def _write_block(descriptor: int, block: bytearray | memoryview, table: bytearray) -> None:
     table += xxh3_64_intdigest(block).to_bytes(8, "little")
     _write(descriptor, block)
+    blocks = len(table) // 8
+    if blocks % _WRITEBACK_BLOCKS == 0:
+        _start_writeback(descriptor, (blocks - _WRITEBACK_BLOCKS) * BLOCK_BYTES)
 
 
 def _write(descriptor: int, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def _start_writeback(descriptor: int, start: int) -> None:
+    """Let the disk begin with what was written, while the rest is being written."""
+    if _sync_file_range is not None:
+        _sync_file_range(
+            ctypes.c_int(descriptor),
+            ctypes.c_int64(start),
+            ctypes.c_int64(_WRITEBACK_BLOCKS * BLOCK_BYTES),
+            ctypes.c_uint(_SYNC_FILE_RANGE_WRITE),
+        )

@@ -76,6 +76,7 @@ class Flusher:
         state = self._replica.state()
         record = Record(state.version, [], [], [], [Floor(self._floor(state, flushed.version))])
         self._writer.commit([record], flushed)
+        self._replica.bulk.sweep()
 
     def _floor(self, state: State, flushed: int) -> int:
         """Return the floor that keeps enough, and not much more, of the tail."""

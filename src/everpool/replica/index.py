@@ -273,6 +273,17 @@ class Index:
             row = memoryview(found)
         return _name_row(whole, row, name)
 
+    def inline(self, txn: lmdb.Transaction, name: str) -> memoryview | None:
+        """Return the body of a short name's inline value; None when `name` has to tell."""
+        key = _NAMES + name.encode()
+        row = None if len(key) > _LONG_NAME_BYTES else txn.get(key)
+        if row is None or row[0] != INLINE:
+            return None
+        body = row[:-8]
+        if xxh3_64_intdigest(body, xxh3_64_intdigest(key)) != int.from_bytes(row[-8:], "little"):
+            return None
+        return body[_NAME.size :]
+
     def put_name(self, txn: lmdb.Transaction, name: str, row: NameRow) -> None:
         whole = _NAMES + name.encode()
         sealed = _seal(whole, _NAME.pack(*row[:4]) + row.body)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -36,6 +36,7 @@ from everpool.verdict import Add, Effect, Store, Writes, find_conflict, note_eff
 
 _READ_TRIES = 100
 _STALE_FILE_TRIES = 20
+_CACHED_VALUES = 1 << 14
 
 
 class Found(NamedTuple):
@@ -60,6 +61,8 @@ class Replica:
         self.recent = Recent(self)
         self.trusted = self.shared.trusted()
         self._seen = (-1, 0)
+        # Small immutable values, as of the version that comes first.
+        self.cached: tuple[int, dict[str, Any]] = (-1, {})
 
     def close(self) -> None:
         """Close what can be closed; mappings that are in use live on."""
@@ -104,6 +107,14 @@ class Replica:
             if row is not None:
                 row = row._replace(body=bytes(row.body))
             return Found(self.version_of(txn), row)
+
+    def keep(self, version: int, name: str, value: Any) -> None:
+        """Keep an immutable value for readers of the same version."""
+        cached = self.cached
+        if cached[0] != version:
+            cached = self.cached = (version, {})
+        if len(cached[1]) < _CACHED_VALUES:
+            cached[1][name] = value
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names under `prefix` in order. Each 8,192 names are of one version."""

@@ -25,7 +25,7 @@ T = TypeVar("T")
 PATIENCE_S = 60.0
 # The server is idle and without threads when it forks a client, and has what is slow to import.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["everpool", "everpool.testing.remote", "numpy", "pyarrow"])
+_processes.set_forkserver_preload(["everpool", "everpool.testing.remote", "pyarrow", "pytest"])
 
 
 def connect(open_pool: Callable[..., Any], *args: Any) -> "RemotePool":

@@ -151,26 +151,31 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(mine=actions.reads, more=actions.actions, theirs=actions.writes)
     def meet(self, mine: Action, more: Action, theirs: Action) -> None:
         """A transaction reads, somebody else writes, and the transaction is committed."""
-        self._meet(mine, more, theirs)
+        self._meet([mine], more, theirs)
 
-    @rule(mine=actions.byte_reads, more=actions.byte_reads, theirs=actions.byte_writes)
-    def meet_in_memory(self, mine: Action, more: Action, theirs: Action) -> None:
-        """The same with bytes of one object, near to each other."""
+    @rule(
+        own=st.lists(actions.byte_writes, max_size=2),
+        mine=actions.byte_reads,
+        more=actions.byte_reads,
+        theirs=actions.byte_writes,
+    )
+    def meet_in_memory(self, own: list[Action], mine: Action, more: Action, theirs: Action) -> None:
+        """The same with bytes of one object, near to each other, some of them its own."""
         for name, allocate in actions.MEETING_PLACES.items():
             if name not in self.model:
                 self.call(0, allocate)
-        self._meet(mine, more, theirs)
+        self._meet([*own, mine], more, theirs)
 
     @rule(mine=actions.listings, more=actions.listings, theirs=actions.bindings)
     def meet_in_listing(self, mine: Action, more: Action, theirs: Action) -> None:
         """The same with listings, and names that come, go or stay in them."""
-        self._meet(mine, more, theirs)
+        self._meet([mine], more, theirs)
 
-    def _meet(self, mine: Action, more: Action, theirs: Action) -> None:
+    def _meet(self, mine: list[Action], more: Action, theirs: Action) -> None:
         self.begin(0)
         pair = self.open[-1]
         blind = Action("['met'] = None", lambda to: to.__setitem__("met", None))
-        self.act(len(self.open) - 1, [mine, blind])
+        self.act(len(self.open) - 1, [*mine, blind])
         self.call(1, theirs)
         if self.open and self.open[-1] is pair:
             self.act(len(self.open) - 1, [more])

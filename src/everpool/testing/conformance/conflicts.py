@@ -312,6 +312,18 @@ class ConflictGuarantees(ConformanceBase):
             memory.read(0, 8)
             stocked.memory("m").write(7, b"x")
 
+    def test_parts_that_were_overwritten_do_not_count_as_read(
+        self, pool: Any, stocked: Any
+    ) -> None:
+        with pool.transaction() as tx:
+            memory = tx.memory("m")
+            memory.write(2, b"mi")
+            memory.write(4, b"ne")
+            assert memory.read(0, 8) == b"\0\0mine\0\0"
+            assert memory.read(2, 4) == b"mine"
+            stocked.memory("m").write(3, b"xx")
+        assert pool.memory("m").read(0, 8) == b"\0\0mine\0\0"
+
     def test_neighbouring_elements_do_not_conflict(self, pool: Any, stocked: Any) -> None:
         grid = stocked.array("grid")
         with pool.transaction() as tx:

@@ -1,0 +1,259 @@
+"""Pools with something missing, which a test of power loss must find out.
+
+A mutant is made in the process that it is to work in, before any pool is opened there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+import lmdb
+
+from everpool.commit import Committer
+from everpool.replica import bulk, flush, index, layout, ring, shared, writer
+from everpool.replica.bulk import BulkFiles
+from everpool.replica.flush import Flusher
+from everpool.replica.memories import MemoryFiles
+from everpool.replica.ring import Ring
+from everpool.replica.shared import SharedPage
+from everpool.replica.writer import Batch, Flushed, Writer
+
+Mutate = Callable[[], None]
+MUTANTS: dict[str, Mutate] = {}
+
+
+def mutant(mutate: Mutate) -> Mutate:
+    MUTANTS[mutate.__name__] = mutate
+    return mutate
+
+
+def apply_mutant(name: str) -> None:
+    """Make this process's everpool the mutant of that name; "" leaves it as it is."""
+    if name:
+        MUTANTS[name]()
+
+
+class _Os:
+    """The module os for one module, with some functions replaced."""
+
+    def __init__(self, **replaced: Any) -> None:
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+# -- the workload's process -----------------------------------------------------------------------
+
+
+@mutant
+def no_fsync() -> None:
+    """Nothing but the index is flushed."""
+    os.fsync = _nothing
+
+
+@mutant
+def bulk_files_not_flushed() -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            os.fsync(descriptor)
+
+    bulk.os = _Os(fsync=fsync)  # type: ignore[assignment]
+
+
+@mutant
+def folders_not_flushed() -> None:
+    for module in (bulk, flush, layout):
+        module.sync_folder = _nothing
+
+
+@mutant
+def memory_files_not_flushed() -> None:
+    MemoryFiles.sync = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def sizes_of_unwritten_memory_not_flushed() -> None:
+    """Only files that were written to are flushed, not those that were just made."""
+    add = writer.Dirty.add
+
+    def add_written(self: writer.Dirty, effect: Any) -> None:
+        if not isinstance(effect, writer.BindMemory):
+            add(self, effect)
+
+    writer.Dirty.add = add_written  # type: ignore[method-assign]
+
+
+@mutant
+def ring_not_written() -> None:
+    Ring.put = lambda *_: True  # type: ignore[method-assign]
+
+
+@mutant
+def ring_of_one_slot() -> None:
+    """The newest entry is written over the one before, of which the index may not know yet."""
+    Ring._offset = lambda self, position: self._start  # type: ignore[method-assign]
+
+
+@mutant
+def index_not_flushed() -> None:
+    really = lmdb.open
+
+    def unsynced(*args: Any, **options: Any) -> lmdb.Environment:
+        return really(*args, **{**options, "sync": False})
+
+    index.lmdb.open = unsynced  # type: ignore[assignment]
+
+
+@mutant
+def large_entries_flushed_once() -> None:
+    """An entry that does not fit in the ring counts as if it were there."""
+    put = Ring.put
+    Ring.put = lambda *args: put(*args) or True  # type: ignore[method-assign]
+
+
+@mutant
+def memory_before_index() -> None:
+    """Stores are copied into memory before their commit is durable."""
+    commit = Writer._commit
+
+    def too_late(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
+        for effect, resolved in batch.applied:
+            if isinstance(effect, (writer.Store, writer.Add)):
+                self._apply(effect, resolved)
+        commit(self, txn, batch, results)
+
+    Writer._commit = too_late  # type: ignore[method-assign]
+
+
+@mutant
+def trimmed_before_flush() -> None:
+    def reversed_flush(self: Committer) -> None:
+        flushed = Flushed(self._replica.shared.applied, {})
+        self._holding_lock(lambda: self._flusher.commit(flushed))
+        self._flusher.sync()
+
+    Committer.flush = reversed_flush  # type: ignore[method-assign]
+
+
+@mutant
+def trimmed_by_unflushed_mark() -> None:
+    """The commit that notes a flush also trims by it, though the note may be lost."""
+    finish = Batch.finish
+
+    def eager(self: Batch, row: Any) -> None:
+        self.durable = self.state.flushed
+        finish(self, row)
+
+    Batch.finish = eager  # type: ignore[method-assign]
+
+
+@mutant
+def marker_before_folders() -> None:
+    """The marker of a new pool may survive without what it stands for."""
+    sync_folder = layout.sync_folder
+
+    def only_afterwards(folder: Any) -> None:
+        if layout.is_pool(folder) or not (folder / "index").exists():
+            sync_folder(folder)
+
+    layout.sync_folder = only_afterwards
+
+
+# -- faults are needed to tell these from the real one --------------------------------------------
+
+
+@mutant
+def failed_entry_stays_in_ring() -> None:
+    """After a failed flush only the meta pages are written again."""
+
+    def mend(self: Ring, position: int) -> None:
+        os.pwrite(self._descriptor, os.pread(self._descriptor, 8192, 0), 0)
+        ring.flush_data(self._descriptor)
+
+    Ring.mend = mend  # type: ignore[method-assign]
+
+
+@mutant
+def meta_pages_not_written_again() -> None:
+    """After a failed flush only the entry is taken out of the ring."""
+
+    def mend(self: Ring, position: int) -> None:
+        os.pwrite(self._descriptor, bytes(40), self._offset(position))
+        ring.flush_data(self._descriptor)
+
+    Ring.mend = mend  # type: ignore[method-assign]
+
+
+@mutant
+def nothing_mended() -> None:
+    Ring.mend = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def memory_not_written_again() -> None:
+    """After a failed flush of memory the next one is believed."""
+    Writer.redo_flushed = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def failed_flush_kept_secret() -> None:
+    """Other processes do not hear that a flush of memory failed."""
+    secret: dict[int, bool] = {}
+
+    def get(self: SharedPage) -> int:
+        return int(secret.get(id(self), False))
+
+    def put(self: SharedPage, value: int) -> None:
+        secret[id(self)] = bool(value)
+
+    SharedPage.unflushed = property(get, put)  # type: ignore[assignment, attr-defined]
+
+
+# -- the process that opens the pool after the cut ------------------------------------------------
+
+
+@mutant
+def boot_ignored() -> None:
+    """The shared page is believed though the machine has booted since."""
+    SharedPage.trusted = lambda self: self._map[:8] == shared._MAGIC  # type: ignore[method-assign]
+
+
+@mutant
+def ring_not_played() -> None:
+    Writer._replay = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def ring_adds_twice() -> None:
+    """What the ring's entry added to is read from memory, which may have it already."""
+    Batch.recorded_old = lambda self: None  # type: ignore[method-assign]
+
+
+@mutant
+def tail_not_played() -> None:
+    Writer._redo = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def swept_too_early() -> None:
+    """Staged files are swept before the entries that name them are played."""
+    recover = Writer.recover
+
+    def too_early(self: Writer) -> None:
+        self._replica.bulk.sweep()
+        recover(self)
+
+    Writer.recover = too_early  # type: ignore[method-assign]
+
+
+@mutant
+def nothing_swept() -> None:
+    BulkFiles.sweep = _nothing  # type: ignore[method-assign]
