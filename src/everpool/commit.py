@@ -23,7 +23,7 @@ from everpool.errors import (
     NotFoundError,
     UnavailableError,
 )
-from everpool.records import Payload, Put, Record, Write, payload_size
+from everpool.records import Payload, Put, Record, RecordId, Write, payload_size
 from everpool.replica.bulk import BulkFiles, Staged
 from everpool.replica.flush import Flusher
 from everpool.replica.index import translated
@@ -246,10 +246,22 @@ class Committer:
 
     def flush(self) -> None:
         """Make mapped memory durable and trim the tail."""
+        self._flush(self._timeout_s)
+
+    def _flush(self, timeout_s: float) -> None:
         with self._flushing:
-            self._holding_lock(self._flusher.rewrite)
-            flushed = self._flusher.sync()
-            self._holding_lock(lambda: self._flusher.commit(flushed))
+            if self._closed:
+                raise ClosedError("the pool is closed: open it again")
+            if not self._lock.acquire_flusher(timeout_s):
+                raise UnavailableError(
+                    f"another process has been flushing memory for {timeout_s:g} s: try again"
+                )
+            try:
+                self._holding_lock(self._flusher.rewrite)
+                flushed = self._flusher.sync()
+                self._holding_lock(lambda: self._flusher.commit(flushed))
+            finally:
+                self._lock.release_flusher()
 
     def close(self) -> None:
         """Commit what is queued, and stop."""
@@ -306,8 +318,8 @@ class Committer:
         except BaseException as error:
             final = not locked or isinstance(error, CommitUnknownError)
             if final or len(batch) == 1 or not isinstance(error, EverpoolError):
-                for submission in batch:
-                    submission.settle(None, error, self._replica.bulk)
+                for at, submission in enumerate(batch):
+                    submission.settle(None, _error_of_record(error, at), self._replica.bulk)
                 if not isinstance(error, Exception):
                     raise
                 return
@@ -340,7 +352,7 @@ class Committer:
     def _flush_quietly(self) -> None:
         """Flush in the background; what fails is tried again when the next flush is due."""
         with contextlib.suppress(EverpoolError):
-            self.flush()
+            self._flush(0)  # another process that flushes does it for this one, too
 
     def _holding_lock(self, work: Callable[[], None]) -> None:
         with self._leader:
@@ -369,6 +381,14 @@ class Committer:
             "nothing was committed",
             pid=pid,
         )
+
+
+def _error_of_record(error: BaseException, at: int) -> BaseException:
+    """Return the error for the record at that place of a batch: each has an id of its own."""
+    if not isinstance(error, CommitUnknownError) or not isinstance(error.id, RecordId):
+        return error
+    id = RecordId(error.id.session, error.id.sequence + at)
+    return CommitUnknownError(error.message, id=id)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -18,7 +18,7 @@ from everpool.replica import layout
 from everpool.replica.bulk import Staged
 from everpool.replica.effects import entry_of
 from everpool.replica.index import translated
-from everpool.replica.replica import Replica
+from everpool.replica.replica import Replica, unfinished
 from everpool.replica.verify import walk_index
 from everpool.values import Encoded
 from everpool.verdict import Verdict
@@ -56,12 +56,19 @@ class Engine:
 
     def _recover(self) -> None:
         if self.committer is None:
+            self._check_finished()
             return
         shared = self.replica.shared
         if not self.replica.trusted:
             self.committer.recover(wait=True)
         elif shared.settled() != self.replica.state().version or self.replica.bulk.staged():
             self.committer.recover(wait=False)
+
+    def _check_finished(self) -> None:
+        """Refuse to read what lacks its newest commit; only a writer can add that."""
+        if not self.replica.trusted and self.replica.index.unplayed() is not None:
+            self.replica.close()
+            raise unfinished(self.folder)
 
     def write(self, record: Record, staged: list[Staged]) -> Submission:
         """Commit a record and wait for its outcome."""
@@ -100,6 +107,8 @@ class Engine:
 
     def outcome(self, id: RecordId) -> "tuple[str, int | None, list[bytes]]":
         """Settle what became of a record: its state, version and results."""
+        if self.committer is not None and self.replica.shared.suspect:
+            self.committer.recover(wait=True)  # else a power cut might take back what is told
         found = self._decided(id)
         if found is None and not self.read_only:
             state = self.replica.state()

@@ -373,18 +373,26 @@ class TransactionMemory(ByteSlices):
         self._check_deleted()
         if not size:
             return b""
-        for start, data in reversed(self._stores):
-            if start <= offset and offset + size <= start + len(data):
-                copy = bytearray(data[offset - start : offset - start + size])
-                break
-            if start < offset + size and offset < start + len(data):
-                copy = self._tx.read_base(self, offset, size)
-                break
-        else:
-            copy = self._tx.read_base(self, offset, size)
+        copy = bytearray(size)
+        for start, end in self._not_stored(offset, offset + size):
+            copy[start - offset : end - offset] = self._tx.read_base(self, start, end - start)
         for start, data in self._stores:
             overlay(copy, offset, start, data)
         return bytes(copy)
+
+    def _not_stored(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the parts of a range that this transaction did not write itself."""
+        gaps = [(start, end)]
+        for stored, data in self._stores:
+            stop = stored + len(data)
+            if stored < end and start < stop:
+                gaps = [
+                    part
+                    for low, high in gaps
+                    for part in ((low, min(high, stored)), (max(low, stop), high))
+                    if part[0] < part[1]
+                ]
+        return gaps
 
     def read_runs(self, chosen: Selection, flat: NDArray[np.uint8]) -> None:
         """Read a selection, run by run, so that only what was asked for can conflict."""

@@ -113,22 +113,23 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(kind: str, folder: str, redis_port: str, what: str, first_key: str) -> None:
-    """Do as many reads or commits as the parent asks for, again and again."""
+def work(kind: str, folder: str, redis_port: str, what: str, first_key: str, keys: str) -> None:
+    """Do as many reads or commits as the parent asks for, over some keys in turn."""
     store = open_store(kind, Path(folder), int(redis_port))
-    keys = cycle([store.key(int(first_key) + index) for index in range(200)])
+    places = range(int(first_key), int(first_key) + int(keys))
+    turns = cycle([store.key(place) for place in places])
     value = bytes(range(128))
     if kind == "dict":
-        store.load((store.key(int(first_key) + index), value) for index in range(200))
+        store.load((store.key(place), value) for place in places)
     get, put = store.get, store.put
     say("ready")
     for line in sys.stdin:
         count = json.loads(line)
         if what == "get":
-            for key in islice(keys, count):
+            for key in islice(turns, count):
                 get(key)
         else:
-            for key in islice(keys, count):
+            for key in islice(turns, count):
                 put(key, value)
         say("done")
     store.close()

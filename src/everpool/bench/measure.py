@@ -110,34 +110,40 @@ class Result:
 
 
 def timed(
-    operations: Callable[[int], None], target_s: float, at_most: int = 1_000_000
+    operations: Callable[[int], None],
+    target_s: float,
+    at_most: int = 1_000_000,
+    before: Callable[[], object] | None = None,
 ) -> Callable[[], float]:
     """A contender's measurement: as many operations at once as fill about `target_s`.
 
-    `operations(count)` performs that many. The first round also finds the count, which warms
-    caches, connections and files.
+    `operations(count)` performs that many; `before` is called first and not timed. The first
+    round also finds the count, which warms caches, connections and files.
     """
     count = 0
+
+    def spent_on(number: int) -> float:
+        if before is not None:
+            before()
+        started = time.perf_counter()
+        operations(number)
+        return time.perf_counter() - started
 
     def measure() -> float:
         nonlocal count
         if count == 0:
-            count = _count_for(operations, target_s, at_most)
-        started = time.perf_counter()
-        operations(count)
-        return (time.perf_counter() - started) / count
+            count = _count_for(spent_on, target_s, at_most)
+        return spent_on(count) / count
 
     return measure
 
 
-def _count_for(operations: Callable[[int], None], target_s: float, at_most: int) -> int:
+def _count_for(spent_on: Callable[[int], float], target_s: float, at_most: int) -> int:
     count = 1
     while True:
-        started = time.perf_counter()
-        operations(count)
-        spent = time.perf_counter() - started
-        if spent >= target_s / 4 or count >= at_most:
-            return max(1, min(at_most, round(count * target_s / max(spent, 1e-9))))
+        spent_s = spent_on(count)
+        if spent_s >= target_s / 4 or count >= at_most:
+            return max(1, min(at_most, round(count * target_s / max(spent_s, 1e-9))))
         count = min(at_most, count * 4)
 
 

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 import everpool
 from everpool.bench.children import map_file
-from everpool.bench.contenders import RedisStore, Store
+from everpool.bench.contenders import EverpoolStore, RedisStore, Store
 from everpool.bench.lab import GIB, KIB, MIB, Lab, at_least, at_most, row, size_in_words
-from everpool.bench.measure import Contender, timed
+from everpool.bench.measure import Contender, Role, timed
 
 VIEWS = 32
+READ_KEYS = 20_000
 SAME = "same cost (within 25 %)"
 
 
@@ -39,16 +40,28 @@ def reading(store: Store, keys: list[Any]) -> Callable[[int], None]:
     ],
 )
 def read_small(lab: Lab) -> Iterator[Contender]:
+    turn_s = lab.sizes.turn_s
     stores = [lab.store(kind) for kind in ("dict", "lmdb", "sqlite")]
     if server := lab.redis():
         stores.append(lab.keep(RedisStore(server.port)))
-    stores.append(lab.store("everpool"))
     for store in stores:
-        keys = [store.key(index) for index in range(1000)]
-        store.load((key, bytes(range(128))) for key in keys)
-        role = {"dict": "limit", "Everpool": "everpool"}.get(store.title, "peer")
-        measure = timed(reading(store, keys), lab.sizes.turn_s)
-        yield Contender(store.title, role, measure)  # type: ignore[arg-type]
+        role: Role = "limit" if store.title == "dict" else "peer"
+        yield Contender(store.title, role, timed(reading(store, loaded(store)), turn_s))
+    pool = lab.keep(EverpoolStore(lab.path("everpool")))
+    keys = loaded(pool)
+    # A process keeps what it has read until somebody commits; a peer that looks a value up every
+    # time is to be compared with a pool that has to. So a commit comes before every turn, in
+    # which no name is read twice.
+    measure = timed(reading(pool, keys), turn_s, READ_KEYS, lambda: pool.put("tick", b""))
+    yield Contender("Everpool", "everpool", measure)
+    yield Contender("Everpool, again", "everpool", timed(reading(pool, keys[:1000]), turn_s))
+
+
+def loaded(store: Store) -> list[Any]:
+    """Put values of 128 bytes under `READ_KEYS` keys and return these."""
+    keys = [store.key(index) for index in range(READ_KEYS)]
+    store.load((key, bytes(range(128))) for key in keys)
+    return keys
 
 
 @row(

@@ -12,6 +12,7 @@ from everpool.bench.children import Child
 from everpool.bench.contenders import LMDB_MAP_BYTES, AppendFile, RedisStore, open_store, request
 from everpool.bench.lab import MIB, Lab, Sizes, below, row
 from everpool.bench.measure import Contender, Role, timed
+from everpool.bench.rows_reading import READ_KEYS
 from everpool.bench.rows_writing import appending
 
 STORES = {"lmdb": "raw LMDB", "sqlite": "SQLite", "redis": "Redis", "everpool": "Everpool"}
@@ -138,9 +139,9 @@ def watch(lab: Lab) -> Iterator[Contender]:
 class Workers:
     """Processes that each have the store open and share the operations they are given."""
 
-    def __init__(self, lab: Lab, kind: str, port: int, what: str) -> None:
+    def __init__(self, lab: Lab, kind: str, port: int, what: str, keys: int) -> None:
         self._children = [
-            lab.keep(Child("work", kind, lab.path(kind), port, what, 1000 * index))
+            lab.keep(Child("work", kind, lab.path(kind), port, what, keys * index, keys))
             for index in range(lab.sizes.processes)
         ]
         for child in self._children:
@@ -155,19 +156,25 @@ class Workers:
             child.answer()
 
 
-def _everybody(lab: Lab, what: str) -> Iterator[Contender]:
+def _everybody(lab: Lab, what: str, keys: int) -> Iterator[Contender]:
     server = lab.redis()
+    everybodys_keys = lab.sizes.processes * keys
     for kind, title in STORES.items():
         if kind == "redis" and server is None:
             continue
         port = server.port if server else 0
-        store = open_store(kind, lab.path(kind), port)
-        keys = [1000 * p + i for p in range(lab.sizes.processes) for i in range(200)]
-        store.load((store.key(key), bytes(range(128))) for key in keys)
-        store.close()
-        workers = Workers(lab, kind, port, what)
+        store = lab.keep(open_store(kind, lab.path(kind), port))
+        store.load((store.key(i), bytes(range(128))) for i in range(everybodys_keys))
+        workers = Workers(lab, kind, port, what, keys)
         role: Role = "everpool" if kind == "everpool" else "peer"
-        yield Contender(title, role, timed(workers.run, lab.sizes.turn_s))
+        # As in `read-small`: a commit before every turn, in which no name is read twice.
+        measure = timed(
+            workers.run,
+            lab.sizes.turn_s,
+            everybodys_keys if what == "get" else 1_000_000,
+            lambda store=store: store.put(store.key(0), bytes(range(128))),
+        )
+        yield Contender(title, role, measure)
 
 
 @row(
@@ -177,7 +184,7 @@ def _everybody(lab: Lab, what: str) -> Iterator[Contender]:
 )
 def processes_commit(lab: Lab) -> Iterator[Contender]:
     yield appending(lab)
-    yield from _everybody(lab, "put")
+    yield from _everybody(lab, "put", keys=200)
 
 
 @row(
@@ -186,6 +193,6 @@ def processes_commit(lab: Lab) -> Iterator[Contender]:
     style="rate",
 )
 def processes_read(lab: Lab) -> Iterator[Contender]:
-    workers = Workers(lab, "dict", 0, "get")
+    workers = Workers(lab, "dict", 0, "get", READ_KEYS)
     yield Contender("dict in each", "limit", timed(workers.run, lab.sizes.turn_s))
-    yield from _everybody(lab, "get")
+    yield from _everybody(lab, "get", READ_KEYS)

@@ -2,7 +2,8 @@
 
 The tail is trimmed only past versions whose memory files were fsynced. After a failed fsync the
 kernel may have forgotten the pages, so everything since the last good one is written again from
-the tail before the next try is believed.
+the tail before the next try is believed, whichever process makes it. One that died while it
+flushed may have been told of a failure, so that counts as one.
 """
 
 import contextlib
@@ -26,12 +27,11 @@ KEPT_BYTES = 64 << 20
 
 
 class Flusher:
-    """Flushes one replica. Its methods are called by one thread at a time."""
+    """Flushes one replica. Call `rewrite`, `sync` and `commit` with the flusher's lock held."""
 
     def __init__(self, replica: Replica, writer: Writer) -> None:
         self._replica = replica
         self._writer = writer
-        self._failed = False
 
     def due(self, version: int, tail_bytes: int, flushed: int) -> bool:
         """Whether enough was committed since the last flush."""
@@ -40,10 +40,9 @@ class Flusher:
         )
 
     def sync(self) -> Flushed:
-        """Make memory durable as of now; takes no lock.
+        """Make memory durable as of now; commits go on meanwhile.
 
-        Raises `UnavailableError` when the disk fails; then `rewrite` is needed before the next
-        call.
+        Raises `UnavailableError` when the disk fails.
         """
         replica = self._replica
         with translated("making memory durable"):
@@ -54,29 +53,27 @@ class Flusher:
                 rows = list(replica.index.tail_after(txn, flushed))
             for _, row in rows:
                 dirty.add_all(effects_of(entry_of(row), row), flushed)
-            try:
-                for id in dirty.blocks:
-                    replica.memories.sync(id)
-                for folder in (replica.memories.folder, *replica.bulk.folders()):
-                    sync_folder(folder)
-            except OSError:
-                self._failed = True
-                raise
+            replica.shared.unflushed = 1
+            for id in dirty.blocks:
+                replica.memories.sync(id)
+            for folder in (replica.memories.folder, *replica.bulk.folders()):
+                sync_folder(folder)
+            replica.shared.unflushed = 0
             return Flushed(version, self._checksums(dirty))
 
     def rewrite(self) -> None:
         """After a failed sync, write again what may be lost. Call with the writer's lock held."""
-        if self._failed:
+        if self._replica.shared.unflushed:
             with translated("writing memory again after a failed fsync"):
                 self._writer.redo_flushed(self._replica.state().flushed)
-            self._failed = False
 
     def commit(self, flushed: Flushed) -> None:
         """Note what is durable and raise the floor. Call with the writer's lock held."""
         state = self._replica.state()
         record = Record(state.version, [], [], [], [Floor(self._floor(state, flushed.version))])
         self._writer.commit([record], flushed)
-        self._replica.bulk.sweep()
+        with translated("tidying up"):
+            self._replica.bulk.sweep()
 
     def _floor(self, state: State, flushed: int) -> int:
         """Return the floor that keeps enough, and not much more, of the tail."""

@@ -37,7 +37,7 @@ from everpool.errors import (
     InvalidError,
     UnavailableError,
 )
-from everpool.records import Reference
+from everpool.records import Reference, decode_entry
 from everpool.replica.ring import Ring
 from everpool.verdict import SessionState
 
@@ -395,12 +395,23 @@ class Index:
 
     # Tail
 
-    def put_tail(self, txn: lmdb.Transaction, last_version: int, row: TailRow) -> int:
-        """Add an entry; returns the bytes of its row."""
+    def put_tail(self, txn: lmdb.Transaction, last_version: int, row: bytes) -> int:
+        """Add an entry's encoded `TailRow`; returns how many bytes are stored."""
         key = _TAIL + key_of(last_version)
-        sealed = _seal(key, encode(row))
+        sealed = _seal(key, row)
         txn.put(key, sealed, append=True)
         return len(sealed)
+
+    def unplayed(self) -> TailRow | None:
+        """Return the entry that follows the index and is only in the ring, as after a power cut."""
+        with self.read() as txn:
+            state = self.state(txn)
+        row = self.ring.find(state.position)
+        if row is None:
+            return None
+        found = _decode_tail(row)
+        entry = decode_entry(found.entry)
+        return found if (entry.base, entry.base_hash) == (state.position, state.hash) else None
 
     def tail_after(self, txn: lmdb.Transaction, version: int) -> Iterator[tuple[int, TailRow]]:
         """Yield the entries that hold versions after `version`: last version and row, in order."""

@@ -89,7 +89,7 @@ def create_pool(folder: Path, timeout_s: float) -> None:
                 f"{folder} is not a pool and not empty (it holds {strangers[0]!r}): "
                 "choose an empty or new folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         lock = WriterLock(folder / "lock")
         try:
             if not lock.acquire(timeout_s):
@@ -120,6 +120,7 @@ def _fill(folder: Path) -> None:
         index.close()
     for name in _FOLDERS:
         sync_folder(folder / name)
+    sync_folder(folder)  # the marker must not outlive what it stands for
     data = msgspec.json.encode(Marker(FORMAT, str(pool)))
     temporary = folder / (MARKER + ".new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -130,6 +131,13 @@ def _fill(folder: Path) -> None:
         os.close(descriptor)
     os.rename(temporary, folder / MARKER)
     sync_folder(folder)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, durably."""
+    if not folder.parent.exists():
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
 

@@ -5,7 +5,8 @@ inherit them. They belong to a process and vanish when it closes *any* descripto
 nothing else may open the file in a process that has a `WriterLock` on it.
 
 Byte 0 is the lock. Byte 1 is a turnstile that one waiter holds while it waits for byte 0: who
-releases the lock and wants it again at once queues behind that waiter.
+releases the lock and wants it again at once queues behind that waiter. Byte 2 is for who flushes
+memory: a second one would find clean pages where the first one's flush failed.
 """
 
 import errno
@@ -15,8 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-_LOCK, _TURNSTILE = 0, 1
+_LOCK, _TURNSTILE, _FLUSHER = 0, 1, 2
 _POLL_S = 0.001
+_FLUSHER_POLL_S = 0.01
 
 
 class WriterLock:
@@ -55,6 +57,19 @@ class WriterLock:
     def release(self) -> None:
         """Give the lock up."""
         self._free(_LOCK)
+
+    def acquire_flusher(self, timeout_s: float) -> bool:
+        """Take the flusher's lock; returns False when another process kept it for `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self._try(_FLUSHER):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_FLUSHER_POLL_S)
+        return True
+
+    def release_flusher(self) -> None:
+        """Give the flusher's lock up."""
+        self._free(_FLUSHER)
 
     def close(self) -> None:
         """Give up the lock and the descriptor."""

@@ -123,6 +123,13 @@ class MemoryFiles:
             os.close(descriptor)
         self.path(id).unlink(missing_ok=True)
 
+    def sweep(self, next_id: int) -> None:
+        """Delete the files of objects from `next_id` on, which no record has made."""
+        for name in os.listdir(self.folder):
+            with contextlib.suppress(ValueError):
+                if int(name, 16) >= next_id:
+                    self.remove(int(name, 16))
+
     def sync(self, id: int) -> None:
         """Make the object's bytes durable. An object that is gone needs nothing."""
         with contextlib.suppress(FileNotFoundError):

@@ -220,8 +220,11 @@ class Replica:
                 raise FileNotFoundError
         try:
             return self.memories.map(id, size)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
+        except (OSError, CorruptionError) as error:
+            lost = isinstance(error, (FileNotFoundError, CorruptionError))
+            if lost and self.read_only and not self.trusted:
+                raise unfinished(self.folder) from error
+            if lost:
                 raise
             raise translate_os(error, f"mapping object {id}") from error
 
@@ -256,6 +259,14 @@ class Replica:
                 if len(rows) >= limit:
                     break
             return floor, rows
+
+
+def unfinished(folder: Path) -> UnavailableError:
+    """Return the error for a read-only pool that needs a writer's hand first."""
+    return UnavailableError(
+        f"the machine went down while {folder} was in use: open it for writing once, which "
+        "finishes what was committed"
+    )
 
 
 def gone(name: str) -> NotFoundError:

@@ -11,9 +11,11 @@ The file `shared` is one page that every process maps. Integers are little-endia
         48    4  wake: counts publications; waiters sleep on it (futex)
         52    4  waiting: not 0 when somebody may sleep on `wake`
         56    4  suspect: not 0 when a flush of the index failed and was not made up for
+        60    4  unflushed: not 0 when a flush of memory was begun and none has succeeded since
 
-Only the holder of the writer's lock changes anything but `waiting`. While `started` equals
-`applied`, the index is not ahead of memory and nobody is writing to it.
+Only the holder of the writer's lock changes anything but `waiting`, and `unflushed`, which is for
+the holder of the flusher's lock. While `started` equals `applied`, the index is not ahead of
+memory and nobody is writing to it.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ from pathlib import Path
 PAGE_BYTES = 4096
 _MAGIC = b"EVSHARE1"
 _STARTED, _APPLIED, _PID = 3, 4, 5
-_WAKE, _WAITING, _SUSPECT = 12, 13, 14
+_WAKE, _WAITING, _SUSPECT, _UNFLUSHED = 12, 13, 14, 15
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())
 _POLL_S = 0.001
@@ -68,16 +70,7 @@ class SharedPage:
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self._writable = writable
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-        try:
-            if os.fstat(descriptor).st_size < PAGE_BYTES:
-                # Written, not only extended: a store into a hole of a full disk is a SIGBUS.
-                os.pwrite(descriptor, bytes(PAGE_BYTES), 0)
-            self._map = mmap.mmap(descriptor, PAGE_BYTES, access=access)
-        finally:
-            os.close(descriptor)
+        self._map = _map_for_writing(path) if writable else _map_for_reading(path)
         view = memoryview(self._map)
         self._words = view.cast("Q")
         self._half_words = view.cast("I")
@@ -96,6 +89,11 @@ class SharedPage:
         self._words[_STARTED] = version
         self._words[_APPLIED] = version
         self.suspect = 0
+        self.trust()
+
+    def trust(self) -> None:
+        """Make the page valid for this boot, with what it says of versions."""
+        self.unflushed = 0
         self._map[8:24] = boot_id()
         self._map[:8] = _MAGIC
 
@@ -131,6 +129,14 @@ class SharedPage:
     def suspect(self, value: int) -> None:
         self._half_words[_SUSPECT] = value
 
+    @property
+    def unflushed(self) -> int:
+        return self._half_words[_UNFLUSHED]
+
+    @unflushed.setter
+    def unflushed(self, value: int) -> None:
+        self._half_words[_UNFLUSHED] = value
+
     def settled(self) -> int:
         """Return the version that memory and index are both at, or -1 during a commit."""
         words = self._words
@@ -162,6 +168,30 @@ class SharedPage:
                 _futex(self._address, _FUTEX_WAIT, seen, min(left_s, _LONGEST_SLEEP_S))
             else:
                 time.sleep(min(left_s, _POLL_S))
+
+
+def _map_for_writing(path: Path) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if os.fstat(descriptor).st_size < PAGE_BYTES:
+            os.pwrite(descriptor, bytes(PAGE_BYTES), 0)
+        if hasattr(os, "posix_fallocate"):
+            # A store into a hole, which a power cut may leave, is a SIGBUS on a full disk.
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(descriptor, 0, PAGE_BYTES)
+        return mmap.mmap(descriptor, PAGE_BYTES, access=mmap.ACCESS_WRITE)
+    finally:
+        os.close(descriptor)
+
+
+def _map_for_reading(path: Path) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_size < PAGE_BYTES:
+            return mmap.mmap(-1, PAGE_BYTES)  # cut short by a power cut: no boot's marks
+        return mmap.mmap(descriptor, PAGE_BYTES, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
 
 
 class _Timespec(ctypes.Structure):

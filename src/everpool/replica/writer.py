@@ -3,8 +3,8 @@
 With the writer's lock held, an entry goes these ways, and a process may die after any line:
 
     judge the records; write the tail, the names and the state in one LMDB transaction
-    create files and reserve disk for what will be written to mapped memory
     started = version                        readers now look at the index after each copy
+    create files and reserve disk for what will be written to mapped memory
     write the entry to the ring
     commit the LMDB transaction, durably     from here on the entry counts
     copy stores into memory, move and remove files
@@ -15,6 +15,7 @@ that every store and addition leaves, so playing twice does no harm.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -97,8 +98,13 @@ class Batch:
         self.garbage: list[str] = []
         self.applied: list[tuple[Effect, Resolved]] = []
         self.trimmed: list[str] = []
-        self.entry = b""
+        self.row = b""
         self.in_ring = False
+        # Replayed from the ring: what its additions found before they changed it.
+        self.replayed = False
+        self.recorded: deque[bytes] = deque()
+        # What this very entry says of a flush is not durable before the next one is.
+        self._flushed = state.flushed
         self._created: set[int] = set()
         self._pending: PendingStores | None = None
 
@@ -149,10 +155,14 @@ class Batch:
         id, offset, delta = effect.id, effect.offset, effect.delta
         row = self._memory_row(id)
         assert row is not None, "the judge checked that the object exists"
-        pending = self._pending_stores()
-        old = pending.read(id, offset, len(delta), row.size)
-        new = add_numbers(old, delta, effect.dtype)
-        pending.store(id, offset, new)
+        if self.replayed:
+            old = self.recorded.popleft()
+            new = add_numbers(old, delta, effect.dtype)
+        else:
+            pending = self._pending_stores()
+            old = pending.read(id, offset, len(delta), row.size)
+            new = add_numbers(old, delta, effect.dtype)
+            pending.store(id, offset, new)
         return Resolved(id, 0, self._touch(id, version), old, new)
 
     def _apply_rare(self, version: int, effect: Effect) -> Resolved:
@@ -194,8 +204,9 @@ class Batch:
             memory = self.memory[id]
             assert memory is not None
             index.put_memory(txn, id, memory)
-        state.tail_bytes += index.put_tail(txn, state.version, row)
-        limit = min(state.floor, state.flushed)
+        self.row = encode(row)
+        state.tail_bytes += index.put_tail(txn, state.version, self.row)
+        limit = min(state.floor, self._flushed)
         for _ in range(_TRIMMED_PER_ENTRY):
             popped = index.pop_tail(txn, limit) if limit else None
             if popped is None:
@@ -277,34 +288,31 @@ class Writer:
             # that readers are not shown; beginning a write transaction makes LMDB look.
             replica.index.env.begin(write=True).abort()
             replica.trusted = shared.trusted()
-            if replica.trusted and shared.suspect:
-                self._mend()
+            if not replica.trusted or shared.suspect or shared.started != shared.applied:
+                # A flush may have failed, and its process may have died before it could mend.
+                # What the last boot left in the ring counts, though; see `_replay`.
+                self._mend(forget=replica.trusted)
             with replica.index.read() as txn:
                 state = replica.index.state(txn)
                 applied = shared.applied if replica.trusted else state.flushed
                 rows = list(replica.index.tail_after(txn, applied))
             for _, row in rows:
                 self._redo(row, applied)
-            if not replica.trusted:
-                shared.reset(state.version)
-                replica.trusted = True
             shared.applied = state.version
             shared.started = state.version
-            self._replay()
+            if not replica.trusted:
+                self._replay()
+                # Not before: under a page that is trusted nobody looks into the ring any more.
+                shared.trust()
+                replica.trusted = True
             shared.wake()
+            replica.memories.sweep(replica.state().next_id)
             replica.bulk.sweep()
 
     def _replay(self) -> None:
-        """Commit the entries of the ring that the index lacks."""
-        while True:
-            state = self._replica.state()
-            slot = self._replica.index.ring.find(state.position)
-            if slot is None:
-                return
-            entry = slot.entry()
-            if entry.base != state.position or entry.base_hash != state.hash:
-                return
-            self._append(entry.records, None, (entry, slot.time_ns))
+        """Commit the entries of the ring that the index lacks: they may be acknowledged."""
+        while row := self._replica.index.unplayed():
+            self._append(entry_of(row).records, None, row)
 
     def redo_flushed(self, after: int) -> None:
         """Write everything after that version to memory again, as after a failed fsync."""
@@ -332,23 +340,24 @@ class Writer:
         when that cannot be told.
         """
         shared = self._replica.shared
-        if shared.suspect:
-            self._mend()
-        if shared.started != shared.applied:
+        if shared.suspect or shared.started != shared.applied:
             self.recover()
         return self._append(records, flushed, None)
 
-    def _mend(self) -> None:
-        """Make up for a flush of the index that failed; raises `UnavailableError`."""
+    def _mend(self, *, forget: bool) -> None:
+        """Make up for a flush of the index that failed; raises `UnavailableError`.
+
+        With `forget`, the entry whose flush it was will never count.
+        """
         with translated("writing the index again after a failed flush"):
-            self._replica.index.ring.mend(self._replica.state().position)
+            self._replica.index.ring.mend(self._replica.state().position if forget else None)
         self._replica.shared.suspect = 0
 
     def _append(
         self,
         records: list[Record],
         flushed: "Flushed | None",
-        replayed: "tuple[Entry, int] | None",
+        replayed: TailRow | None,
     ) -> list[Result]:
         shared = self._replica.shared
         try:
@@ -358,12 +367,10 @@ class Writer:
         try:
             with translated("committing"):
                 batch, results = self._index(txn, records, flushed, replayed)
+                # Who dies or fails from here on leaves files, which `recover` removes.
+                shared.started = batch.state.version
                 batch.reserve()
-            shared.started = batch.state.version
-            with translated("committing"):
-                batch.in_ring = self._replica.index.ring.put(
-                    batch.state.position - 1, batch.state.time_ns, batch.entry
-                )
+                batch.in_ring = self._replica.index.ring.put(batch.state.position - 1, batch.row)
         except BaseException:
             self._judge = None
             txn.abort()
@@ -383,16 +390,16 @@ class Writer:
             done = True
         except lmdb.Error as error:
             # The entry may lie in the ring, to be played after a power cut: it must not, if the
-            # caller is told that nothing was committed.
+            # caller is told that nothing was committed; and it must, if it was played from there.
             shared.suspect = 1
             try:
                 with index.read() as reader:
                     unknown = index.state(reader).version >= batch.state.version
                 if not unknown:
-                    self._mend()
+                    self._mend(forget=not batch.replayed)
             except EverpoolError:
                 unknown = True
-            if unknown:
+            if unknown and not batch.replayed:
                 ids = ", ".join(str(result.id) for result in results[:3])
                 raise CommitUnknownError(
                     f"the disk failed during the commit of {ids} ({error}): open the pool again "
@@ -445,19 +452,22 @@ class Writer:
         txn: lmdb.Transaction,
         records: list[Record],
         flushed: "Flushed | None",
-        replayed: "tuple[Entry, int] | None",
+        replayed: TailRow | None,
     ) -> tuple[Batch, list[Result]]:
         state = self._replica.index.state(txn)
         first_version = state.version + 1
         batch = Batch(self._replica, txn, state)
         judge = self._judge_for(batch, records)
         if replayed is not None:
-            entry, now_ns = replayed
+            entry, now_ns = entry_of(replayed), replayed.time_ns
+            batch.replayed = True
+            for outcome in replayed.outcomes:
+                batch.recorded.extend(known.old for known in outcome.resolved if known.old)
         else:
             first = self._next_sequence(batch)
             entry = Entry(self._session, first, state.position, state.hash, records)
             now_ns = max(state.time_ns + 1, time.time_ns())
-        batch.entry = data = encode_entry(entry)
+        data = encode_entry(entry)
         outcomes: list[RecordOutcome] = []
         results: list[Result] = []
         for at, (decision, session) in enumerate(judge.entry(entry)):
@@ -553,6 +563,9 @@ class Dirty:
             size = payload_size(effect.payload)
         elif isinstance(effect, Add):
             size = len(effect.delta)
+        elif isinstance(effect, BindMemory):
+            self.blocks.setdefault(effect.id, set())  # its length
+            return
         else:
             return
         if size:

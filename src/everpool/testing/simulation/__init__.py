@@ -57,10 +57,14 @@ def _simulate(seed: int, settings: Settings, replica_type: type[MemoryReplica]) 
     world.calm = False
     hosts = [Host(world) for _ in range(settings.hosts)]
     _schedule_stewards(world, hosts)
+    deadline = settings.deadline
     while world.in_flight or not world.calm or not all(host.settled() for host in hosts):
         world.clock.step()
         world.calm = world.calm or world.begun >= settings.attempts
-        demand(world.clock.now < settings.deadline, "a record was never settled")
+        if not world.calm:
+            deadline = world.clock.now + settings.deadline
+        demand(world.clock.now < deadline, "a record is never settled")
+        demand(len(world.witness.history) < settings.entries, "a record is sent again for ever")
     witness = world.witness
     fresh = replica_type(forgetful=False)
     audit(witness, [host.replica for host in hosts], fresh)

@@ -281,8 +281,10 @@ class Host:
         if world.calm or session not in self.sessions:
             return
         if world.chance(world.settings.asked) and world.ids:
-            known = world.orphans if world.orphans and world.rng.random() < 0.6 else world.ids
-            self.ask([world.rng.choice(known[-12:]) for _ in range(world.rng.randint(1, 2))])
+            orphans = bool(world.orphans) and world.rng.random() < 0.6
+            known = (world.orphans if orphans else world.ids)[-12:]
+            at = world.rng.randrange(len(known))
+            self.ask(known[at : at + world.rng.randint(1, 3)])
         if len(session.pending) < world.settings.window:
             self._begin(session)
         self._soon(60, lambda: self._work(session))

@@ -164,13 +164,16 @@ def scribble(rng: random.Random, view: View) -> None:
         if bound is None or bound[1] is not None:
             return
         id = bound[0]
-    start = rng.randrange(SCRATCH_SIZE - 8)
-    data = bytes(4)
+    start, size = rng.randrange(SCRATCH_SIZE - 8), rng.choice([1, 2, 4, 7])
+    data = bytes(size)
     if rng.random() < 0.6:
-        read = view.read(id, start, start + 4)
+        read = view.read(id, start, start + size)
         if read is None:
             del view.handles[name]
         data = read or data
+    if rng.random() < 0.3:
+        view.operations.append(Put("doc/copy", data))
+        return
     at = rng.randrange(SCRATCH_SIZE - 8)
     view.operations.append(Write(id, at, bytes(x ^ 0x55 for x in data) + rng.randbytes(1)))
     if rng.random() < 0.3:

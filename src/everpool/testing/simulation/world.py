@@ -15,7 +15,8 @@ class Settings(NamedTuple):
     """How a simulation goes. Times are in ticks, chances from 0 to 1.
 
     An entry takes up to `delay` ticks to the log, a late one up to `late_delay`. A host plays the
-    log every `poll` ticks; a session sends again after `patience`.
+    log every `poll` ticks; a session sends again after `patience`. Once faults have ceased, all
+    is settled within `deadline` ticks, and with fewer than `entries` entries in all.
     """
 
     hosts: int = 3
@@ -26,7 +27,7 @@ class Settings(NamedTuple):
     late_delay: int = 900
     poll: int = 30
     patience: int = 120
-    late: float = 0.04
+    late: float = 0.08
     lost: float = 0.12
     doubled: float = 0.15
     slow_transaction: float = 0.12
@@ -34,7 +35,8 @@ class Settings(NamedTuple):
     asked: float = 0.12
     steward_every: int = 250
     floor_lag: int = 30
-    deadline: int = 200_000
+    deadline: int = 6_000
+    entries: int = 2_000
 
 
 class Clock:
