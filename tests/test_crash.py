@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,28 +29,44 @@ Pause = Callable[[], None]
 
 
 class Death(NamedTuple):
-    """One process that was killed: after how many steps, after which, and whether it was done."""
+    """A process that was killed after the `count`-th time it made a step, done or not."""
 
-    number: int
     step: str
+    count: int
     done: bool
 
 
 def killed_everywhere(function: Callable[..., None], *args: Any) -> Iterator[Death]:
-    """Kill `function(pause, link, *args)` after its first step, the next one after two, and so on.
+    """Run `function(pause, link, *args)` again and again, each time killed after another step.
 
-    Ends after a run that came through.
+    Ends after a run in which every step was one that was killed before.
     """
-    for number in range(1, _MOST_STEPS):
-        tracee = Tracee(function, *args)
-        with ending(tracee):
-            steps = [tracee.next_step() for _ in range(number)]
-            if steps[-1] is None:
-                tracee.finish()
-                assert tracee.said == ["done"]
-                return
-        yield Death(number, steps[-1], tracee.said == ["done"])
+    tried: set[tuple[str, int]] = set()
+    for _ in range(_MOST_STEPS):
+        death = killed_somewhere_new(tried, function, *args)
+        if death is None:
+            return
+        yield death
     raise AssertionError("it never ends")
+
+
+def killed_somewhere_new(
+    tried: set[tuple[str, int]], function: Callable[..., None], *args: Any
+) -> Death | None:
+    """Kill one run after the first step that is not among those tried; None when there is none."""
+    seen: Counter[str] = Counter()
+    tracee = Tracee(function, *args)
+    with ending(tracee):
+        while step := tracee.next_step():
+            seen[step] += 1
+            if (step, seen[step]) not in tried:
+                break
+        else:
+            tracee.finish()
+            assert tracee.said == ["done"]
+            return None
+    tried.add((step, seen[step]))
+    return Death(step, seen[step], tracee.said == ["done"])
 
 
 class Found(NamedTuple):
@@ -104,23 +121,24 @@ def commit_once(pause: Pause, link: Connection, path: Path, scene: str) -> None:
 
 
 @traced
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside-others"])
-@pytest.mark.parametrize("scene", SCENES)
-def test_killed_at_every_step_of_a_commit(tmp_path: Path, scene: str, alone: bool) -> None:
+@pytest.mark.parametrize(
+    ("scene", "others"), [("change", 0), ("change", 1), ("put", 1), ("store", 1), ("add", 1)]
+)
+def test_killed_at_every_step_of_a_commit(tmp_path: Path, scene: str, others: int) -> None:
     path = make_pool(tmp_path)
-    others = [] if alone else [Worker(path)]
     steps: list[str] = []
     state = 0
-    with ending(*others):
-        for death in killed_everywhere(commit_once, path, scene):
+    workers = [Worker(path) for _ in range(others)]
+    with ending(*workers):
+        for number, death in enumerate(killed_everywhere(commit_once, path, scene)):
             steps.append(death.step)
             least = state + death.done
-            for other in others:
-                least = max(least, other.ask(look, scene))
-                if death.number % 2:
-                    other.ask(touch)  # who finds the lock free finishes for the dead
-                    least = max(least, other.ask(look, scene))
-            found = call(inspect, path, scene, death.number % 4 == 0)
+            for worker in workers:
+                least = max(least, worker.ask(look, scene))
+                if number % 2:
+                    worker.ask(touch)  # who finds the lock free finishes for the dead
+                    least = max(least, worker.ask(look, scene))
+            found = call(inspect, path, scene, number % 8 == 0)
             assert least <= found.state <= state + 1, death
             assert not found.leftovers, death
             assert found.opened_s < _SLOW_OPENING_S, death
@@ -128,3 +146,151 @@ def test_killed_at_every_step_of_a_commit(tmp_path: Path, scene: str, alone: boo
         assert call(inspect, path, scene, True).state == state + 1
     assert steps.count("store") >= 6
     assert {"pwrite64 data.mdb", "fdatasync data.mdb"} <= set(steps)
+    assert scene == "add" or {"openat", "fsync staging", "rename"} <= set(steps)
+
+
+def flush_once(pause: Pause, link: Connection, path: Path) -> None:
+    scenes.short_tail()
+    pool = everpool.open(path, create=False)
+    scenes.change(pool)
+    scenes.store_large(pool)
+    pause()
+    scenes.tidy(pool)
+    pool["after"] = 1  # every commit trims, too
+    pool["after"] = 2
+    link.send("done")
+    pause()
+
+
+@traced
+def test_killed_at_every_step_of_a_flush(tmp_path: Path) -> None:
+    path = make_pool(tmp_path)
+    steps: list[str] = []
+    for number, death in enumerate(killed_everywhere(flush_once, path)):
+        steps.append(death.step)
+        state = number + 1
+        assert call(inspect, path, "store", number % 4 == 0).state == state, death
+        found = call(inspect, path, "change", False)
+        assert found.state == state, death
+        assert not found.leftovers, death
+    assert {"fsync memory", "fdatasync data.mdb", "unlink"} <= set(steps)
+
+
+# Making a pool
+
+
+def create_once(pause: Pause, link: Connection, path: Path) -> None:
+    pause()
+    everpool.open(path)
+    link.send("done")
+    pause()
+
+
+def finish_creation(path: Path) -> list[str]:
+    """Open a pool whose creation was cut off, use it, and return what lies in its folder."""
+    with everpool.open(path) as pool:
+        assert pool.version == 0 and list(pool) == []
+        pool["a"] = 1
+        pool.allocate("m", 8)[:] = b"12345678"
+    with everpool.open(path, create=False) as pool:
+        assert pool["a"] == 1 and pool.memory("m").read(0, 8) == b"12345678"
+        assert not scenes.leftovers(pool)
+    scenes.check_sound(path)
+    return sorted(os.listdir(path))
+
+
+def try_without_creating(path: Path) -> str:
+    try:
+        everpool.open(path, create=False).close()
+    except everpool.EverpoolError as error:
+        return error.kind
+    return "open"
+
+
+@traced
+def test_killed_at_every_step_of_making_a_pool(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "pool"
+    kinds: list[str] = []
+    for death in killed_everywhere(create_once, path):
+        kinds.append(call(try_without_creating, path))
+        assert kinds[-1] == "open" or not death.done, death
+        files = call(finish_creation, path)
+        assert files == ["everpool.json", "index", "lock", "memory", "shared", "staging", "values"]
+        shutil.rmtree(path.parent)
+    order = {"not_found": 0, "invalid": 1, "open": 2}
+    assert [order[kind] for kind in kinds] == sorted(order[kind] for kind in kinds)
+    assert set(kinds) == set(order), "it was killed before, between and after"
+
+
+# Recovery
+
+
+def commit_after_boot(
+    pause: Pause, link: Connection, path: Path, scene: str, boot: str | None
+) -> None:
+    reboot(boot)
+    commit_once(pause, link, path, scene)
+
+
+def open_after_boot(pause: Pause, link: Connection, path: Path, boot: str | None) -> None:
+    reboot(boot)
+    pause()
+    everpool.open(path, create=False)
+    link.send("done")
+    pause()
+
+
+def killed_at(step: str, count: int, path: Path, boot: str | None) -> None:
+    """Leave a pool whose writer died right after the `count`-th time that it made this step."""
+    tracee = Tracee(commit_after_boot, path, "change", boot)
+    with ending(tracee):
+        while count:
+            found = tracee.next_step()
+            assert found is not None, f"no {step!r} is left to die at"
+            count -= found == step
+
+
+def steps_to(path: Path, boot: str | None) -> list[str]:
+    """Return the steps of a commit."""
+    tracee = Tracee(commit_after_boot, path, "change", boot)
+    steps: list[str] = []
+    with ending(tracee):
+        while step := tracee.next_step():
+            steps.append(step)
+        tracee.finish()
+    return steps
+
+
+@traced
+@pytest.mark.parametrize("reboots", [False, True], ids=["same-boot", "next-boot"])
+@pytest.mark.parametrize(
+    ("step", "at"),
+    [("fdatasync data.mdb", 1), ("pwrite64 data.mdb", -1), ("rename", -1)],
+    ids=["in-the-ring", "committed", "half-applied"],
+)
+def test_recovery_killed_at_every_step(
+    tmp_path: Path, step: str, at: int, reboots: bool
+) -> None:
+    path = make_pool(tmp_path)
+    choose = random.Random(1)
+    boot = uuid.uuid4().hex if reboots else None
+    count = at if at > 0 else steps_to(path, boot).count(step)
+    state = call(inspect, path, "change", False, boot).state
+    deaths = 0
+    tried: set[tuple[str, int]] = set()
+    while True:
+        killed_at(step, count, path, boot)
+        if reboots:
+            boot = uuid.uuid4().hex
+        state += 1
+        death = killed_somewhere_new(tried, open_after_boot, path, boot)
+        if death is None:
+            break
+        deaths += 1
+        if deaths % 3 == 0:  # and the one that comes to help
+            killed_somewhere_new(set(choose.sample(sorted(tried), len(tried) // 2)),
+                                 open_after_boot, path, boot)
+        found = call(inspect, path, "change", deaths % 8 == 0, boot)
+        assert found.state == state, death
+        assert not found.leftovers, death
+    assert deaths > 10

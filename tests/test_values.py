@@ -37,7 +37,10 @@ from everpool.values import (
 
 def leaves(array: Any) -> Iterator[bytes]:
     """The bytes of every field at any depth: padding does not count."""
-    if array.dtype.names is None:
+    if array.dtype.char in "gG":
+        # Part of a long double's memory is padding.
+        yield repr([repr(item) for item in array.ravel()]).encode()
+    elif array.dtype.names is None:
         yield array.tobytes()
     else:
         for name in array.dtype.names:
@@ -490,8 +493,10 @@ def test_an_array_that_changed_its_size_meanwhile_is_noticed() -> None:
 
 
 def test_64_dimensions() -> None:
-    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
-        round_trip(np.zeros((1,) * 62 + (2, 3)).T)
+    array = np.arange(6).reshape((1,) * 62 + (2, 3))
+    back = decode(encode(array.transpose(range(63, -1, -1))).tobytes(), zero_copy=True)
+    assert back.shape == (3, 2) + (1,) * 62
+    assert back.squeeze().tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_data_starts_at_a_multiple_of_64() -> None:
@@ -839,7 +844,7 @@ def test_nothing_of_arrow_is_imported_until_it_is_needed() -> None:
 
 def arrow_columns(pa: Any) -> dict[str, Any]:
     n = 13
-    return {
+    columns = {
         "ints": pa.array([1, None, 3] * 4 + [1]),
         "floats": pa.array(np.arange(13.0)),
         "bools": pa.array([True, None] * 6 + [False]),
@@ -868,9 +873,11 @@ def arrow_columns(pa: Any) -> dict[str, Any]:
         "times": pa.array([datetime(2020, 1, 1)] * n, pa.timestamp("us", "Europe/Paris")),
         "dates": pa.array([date(2020, 1, 1)] * n, pa.date64()),
         "nulls": pa.nulls(n),
-        "uuids": pa.array([b"0123456789abcdef"] * n, pa.uuid()),
         "halves": pa.array(np.ones(n, "f2")),
     }
+    if hasattr(pa, "uuid"):
+        columns["uuids"] = pa.array([b"0123456789abcdef"] * n, pa.uuid())
+    return columns
 
 
 def tables(pa: Any) -> Iterator[Any]:

@@ -432,6 +432,9 @@ HOSTILE_DTYPES: dict[str, bytes] = {
             "__import__('os')",
             "\ud7ff",
             "|S1\0",
+            "|S01",
+            "<M8[1s]",
+            "<U1073741825",
         )
     },
     "two times": pack(["sub", "<f8"]),

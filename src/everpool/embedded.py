@@ -38,9 +38,13 @@ class Engine:
         self.users = 0
         self.generation: int = generation
         self.replica = Replica(folder, read_only=read_only)
-        self._check_complete()
         self.committer = None if read_only else Committer(self.replica, timeout_s)
-        self._recover()
+        try:
+            self._check_complete()
+            self._recover()
+        except BaseException:
+            self.replica.close()
+            raise
 
     def _check_complete(self) -> None:
         index = self.replica.index
@@ -48,7 +52,6 @@ class Engine:
             # Pages at the end may never have been written; only a walk can tell.
             damage = walk_index(self.folder)
             if damage:
-                self.replica.close()
                 raise CorruptionError(
                     f"the index of {self.folder} is {index.missing_bytes} bytes short: "
                     f"{damage[0]}: restore the pool from a copy"
@@ -67,7 +70,6 @@ class Engine:
     def _check_finished(self) -> None:
         """Refuse to read what lacks its newest commit; only a writer can add that."""
         if not self.replica.trusted and self.replica.index.unplayed() is not None:
-            self.replica.close()
             raise unfinished(self.folder)
 
     def write(self, record: Record, staged: list[Staged]) -> Submission:

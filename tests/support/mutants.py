@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
+from everpool.log import Appended
 from everpool.records import Record
-from everpool.testing.memory_replica import Disk, Index, MemoryReplica, Step, add_numbers
+from everpool.testing.memory_replica import Decided, Index, MemoryReplica, Step, add_numbers
 from everpool.verdict import (
     Add,
     BindMemory,
@@ -50,15 +52,13 @@ class FencesIgnored(_Identity):
 
 
 class ForgottenSessionsAccepted(_Identity):
-    """Takes a session that it has forgotten for a new one."""
-
-    overlooked = Verdict.FORGOTTEN
+    """Takes a session that was forgotten for one that begins."""
 
     def _identity(
         self, session: bytes, state: SessionState | None, sequence: int
     ) -> Verdict | None:
-        verdict = super()._identity(session, state, sequence)
-        return Verdict.GAP if verdict is None and state is None and sequence > 1 else verdict
+        self.overlooked = Verdict.FORGOTTEN if sequence == 1 else Verdict.COMMITTED
+        return super()._identity(session, state, sequence)
 
 
 class SessionsKeptByWhoHasThem(Judge):
@@ -142,14 +142,14 @@ class OnlyTheLastVersionLooked(_Reads):
 
 
 class DeletesNotNotedForReaders(Judge):
-    """Notes a deleted name, but not that the object's bytes are gone."""
+    """Notes that a deleted name is free, but not that the object's bytes are gone."""
 
-    def _decide(self, record: Record) -> Decision:
-        decision = super()._decide(record)
-        for effect in decision.effects:
+    def _effects(self, record: Record, effects: list[Effect]) -> int:
+        next_id = super()._effects(record, effects)
+        for effect in effects:
             if isinstance(effect, Unbind):
-                self.writes.ranges.pop(effect.id, None)
-        return decision
+                effect.size = min(effect.size, 0)
+        return next_id
 
 
 class VerdictByWhatIsLoaded(MemoryReplica):
@@ -178,6 +178,8 @@ class ObjectsComparedByName(MemoryReplica):
     """Takes an id for whatever the name of that object is bound to now."""
 
     judge_type = DeletesNotNotedForReaders
+    # Every simulation gives out the same ids, and writes a name here before it looks it up.
+    names_had: ClassVar[dict[int, str]] = {}
 
     class _ByName(Index):
         def __init__(self, draft: Index) -> None:
@@ -187,7 +189,6 @@ class ObjectsComparedByName(MemoryReplica):
             return self.memory.get(_same_name(self, id))
 
     def _catalog(self, draft: Index) -> Index:
-        self._draft = draft
         return self._ByName(draft)
 
     def _index(
@@ -195,15 +196,15 @@ class ObjectsComparedByName(MemoryReplica):
     ) -> tuple[bytes, ...]:
         for effect in decision.effects:
             if isinstance(effect, BindMemory):
-                vars(draft).setdefault("names_had", {})[effect.id] = effect.name
-            elif isinstance(effect, Store | Add):
+                self.names_had[effect.id] = effect.name
+            elif isinstance(effect, Store | Add) and effect.id not in pending:
                 effect.id = _same_name(draft, effect.id)
         return super()._index(draft, decision, pending)
 
 
 def _same_name(index: Index, id: int) -> int:
-    row = index.names.get(getattr(index, "names_had", {}).get(id, ""))
-    return id if row is None else row.id
+    row = index.names.get(ObjectsComparedByName.names_had.get(id, ""))
+    return id if row is None or row.size < 0 else row.id
 
 
 class WritesNotInTheCheckpoint(MemoryReplica):
@@ -293,6 +294,10 @@ class TailCutBeforeTheFlush(MemoryReplica):
 class MarkTrustedAfterReboot(MemoryReplica):
     """Believes a mark of what was applied although the power was cut since."""
 
-    def __init__(self, disk: Disk | None = None, **options: object) -> None:
-        super().__init__(disk, **options)  # type: ignore[arg-type]
-        self.disk.applied = self.version
+    def play(self, item: Appended, decided: list[Decided]) -> Iterator[str]:
+        yield from super().play(item, decided)
+        vars(self.disk)["mark"] = self.disk.applied
+
+    def recover(self) -> Iterator[str]:
+        self.disk.applied = max(self.disk.applied, vars(self.disk).get("mark", 0))
+        yield from super().recover()

@@ -137,7 +137,7 @@ class Tracee(Child):
         where = ""
         if name in _OF_A_FILE:
             with contextlib.suppress(OSError):
-                where = os.path.basename(os.readlink(f"/proc/{self.pid}/fd/{info.args[0]}"))
+                where = _what(os.readlink(f"/proc/{self.pid}/fd/{info.args[0]}"))
         return name, where
 
     def _wait_for_pause(self) -> None:
@@ -164,6 +164,13 @@ class Tracee(Child):
         message = self.link.recv() if self.link.poll(0.1) else None
         text = message.text if isinstance(message, Failure) else f"status {status}"
         raise AssertionError("the traced child ended:\n" + text)
+
+
+def _what(path: str) -> str:
+    """Return a file's name, or its folder's where each file has a name of its own."""
+    folder, name = os.path.split(path)
+    kind = os.path.basename(folder)
+    return kind if kind in ("memory", "values", "staging") else name.partition(":")[0]
 
 
 def _run(link: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

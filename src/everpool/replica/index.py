@@ -116,7 +116,8 @@ class RecordOutcome(msgspec.Struct, array_like=True):
 class TailRow(msgspec.Struct, array_like=True):
     """One entry of the log, with what the replica worked out from it.
 
-    `garbage` names the bulk files that only this row needs.
+    `garbage` names the bulk files that only this row needs, `removed` those that only the rows
+    needed which this entry trimmed.
     """
 
     first_version: int
@@ -124,6 +125,7 @@ class TailRow(msgspec.Struct, array_like=True):
     outcomes: list[RecordOutcome]
     entry: bytes
     garbage: list[str]
+    removed: list[str] = []
 
 
 encode = msgspec.msgpack.Encoder().encode

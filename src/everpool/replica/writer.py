@@ -204,15 +204,16 @@ class Batch:
             memory = self.memory[id]
             assert memory is not None
             index.put_memory(txn, id, memory)
-        self.row = encode(row)
-        state.tail_bytes += index.put_tail(txn, state.version, self.row)
         limit = min(state.floor, self._flushed)
         for _ in range(_TRIMMED_PER_ENTRY):
             popped = index.pop_tail(txn, limit) if limit else None
             if popped is None:
                 break
             state.tail_bytes -= popped[1]
-            self.trimmed += popped[0].garbage
+            row.removed += popped[0].garbage
+        self.trimmed = row.removed
+        self.row = encode(row)
+        state.tail_bytes += index.put_tail(txn, state.version, self.row)
         index.put_state(txn, state)
 
     def reserve(self) -> None:
@@ -331,6 +332,8 @@ class Writer:
             # Memory that a later record deleted, and that was deleted already, needs no stores.
             if not isinstance(effect, (Store, Add)) or memories.path(resolved.id).exists():
                 self._apply(effect, resolved)
+        for file in row.removed:
+            self._replica.bulk.remove(file)
 
     def commit(self, records: list[Record], flushed: "Flushed | None" = None) -> list[Result]:
         """Append the records as one entry, durably; returns what became of each, in order.

@@ -174,7 +174,11 @@ def _dtype_of(layout: _Layout, depth: int) -> AnyDType:
 
 def _plain_dtype(name: str) -> AnyDType:
     if _NAME.fullmatch(name) is not None:
-        return np.dtype(name)
+        dtype: AnyDType = np.dtype(name)
+        # NumPy 2.0 lets the sizes of long strings wrap around.
+        if _plain_name(dtype) != name:
+            raise CorruptionError(f"the stored dtype {name} means {dtype}")
+        return dtype
     long_double = _LONG_DOUBLE.fullmatch(name)
     if long_double is None:
         raise CorruptionError(f"the stored dtype has the unknown name {name[:40]!r}")
