@@ -229,6 +229,9 @@ def commit_after_boot(
     pause: Pause, link: Connection, path: Path, scene: str, boot: str | None
 ) -> None:
     reboot(boot)
+    if boot is not None:
+        with everpool.open(path, create=False) as pool:
+            scenes.tidy(pool)  # so that the next boot has not ever more to do
     commit_once(pause, link, path, scene)
 
 

@@ -221,7 +221,7 @@ def decode_entry(data: bytes | memoryview) -> Entry:
     body = data[_HEADER.size :]
     try:
         return Entry(session, first, base, base_hash, _decode_records(body))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _undecodable(body, error) from error
 
 
@@ -231,7 +231,7 @@ def _undecodable(body: bytes | memoryview, error: Exception) -> InvalidError | C
     try:
         tags = {operation[0] for record in _decode_anything(body) for operation in record[4]}
         unknown = sorted(tag for tag in tags if isinstance(tag, int) and tag not in known)
-    except (msgspec.DecodeError, RecursionError, TypeError, IndexError, KeyError):
+    except (ValueError, RecursionError, TypeError, LookupError):
         unknown = []
     if unknown:
         return InvalidError(

@@ -146,15 +146,25 @@ class ForgetfulDisk:
 
     # -- faults -------------------------------------------------------------------------------
 
-    def fail(self, kind: Kind, times: int = 1, *, glob: str = "*", error: int = errno.EIO) -> None:
+    def fail(
+        self,
+        kind: Kind,
+        times: int = 1,
+        *,
+        glob: str = "*",
+        error: int = errno.EIO,
+        after: int = 0,
+    ) -> None:
         """Makes the next `times` requests of a kind fail, for paths (below the mount) like `glob`.
+
+        The first `after` of them go well.
 
         A sync that fails makes nothing durable, and its file's pages count as clean from then
         on, as on Linux: trying again succeeds without writing them. "sync" includes those of
         directories (the root's path is ""), and those of writes through O_DSYNC; "name" goes by
         the path of the directory that is changed.
         """
-        self._ask("fail", kind=kind, times=times, glob=glob, error=error)
+        self._ask("fail", kind=kind, times=times, glob=glob, error=error, after=after)
 
     def heal(self) -> None:
         """Takes back all failures that have not happened yet."""

@@ -71,12 +71,13 @@ class Inode:
 
 @dataclass
 class Fault:
-    """A kind of request that fails the next `times` times for paths that match `glob`."""
+    """`times` requests of a kind that fail, for paths that match `glob`; `after` more do not."""
 
     kind: str
     times: int
     glob: str
     error: int
+    after: int
 
 
 class Files:
@@ -126,6 +127,9 @@ class Files:
         """The errno with which this request is to fail, 0 for none."""
         for fault in self.faults:
             if fault.kind == kind and fnmatch.fnmatchcase(self.path(inode), fault.glob):
+                if fault.after:
+                    fault.after -= 1
+                    continue
                 fault.times -= 1
                 if not fault.times:
                     self.faults.remove(fault)

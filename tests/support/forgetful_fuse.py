@@ -10,6 +10,7 @@ does the locks itself; a write through an O_DSYNC descriptor arrives as a write 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import heapq
@@ -429,10 +430,11 @@ class Server:
             self._stopping = True
             return
         try:
-            value = msgspec.msgpack.encode(self._obey(**order))
-            send(self._control, Answer(msgspec.Raw(value)))
+            answer = Answer(msgspec.Raw(msgspec.msgpack.encode(self._obey(**order))))
         except ValueError as problem:
-            send(self._control, Answer(problem=str(problem)))
+            answer = Answer(problem=str(problem))
+        with contextlib.suppress(BrokenPipeError):  # who says stop does not wait
+            send(self._control, answer)
 
     def _obey(self, order: str, **facts: Any) -> object:
         match order:

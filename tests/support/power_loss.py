@@ -1,12 +1,16 @@
 """Runs workloads on a forgetful disk, and cuts what was recorded.
 
-    with recorded(folder, orders) as run:            # processes play, faults may be made meanwhile
+    with running(disk, orders) as run:               # processes play; faults may be made meanwhile
         ...
-    cuts = Cuts(run.finish(), scratch)
+        cuts = Cuts(run.finish(), scratch)
     cuts.check(auditor, cuts.choose(random, 100))    # AssertionError names the cut that failed
 
 One recording gives any number of cuts. A cut is a position in the log, a seed, and whether
 sectors tear; what may then be in the pool follows from the marks before the position.
+
+    python -m support.power_loss RECORDING POSITION SEED TORN
+
+repeats one cut of the recording that a failed test names; TORN is 0 or 1.
 """
 
 from __future__ import annotations
@@ -14,16 +18,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-import uuid
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,23 +28,25 @@ import msgspec
 
 from .forgetful import ForgetfulDisk
 from .forgetful_model import DiskModel, Mark, Name, Operation, Sync, Write
-from .power_loss_audit import Answer, Auditor, Job
-from .power_loss_script import script
-from .power_loss_workload import Order
+from .power_loss_audit import Auditor, Job
+from .power_loss_script import Script, digest_of_state
+from .power_loss_workload import POOL, Order, work
+from .processes import Child, Failure
 
-POOL = "pool"
-START_S = 60
-END_S = 180
+END_S = 120
 OUTCOMES = 6
 
 
 class Recording(msgspec.Struct):
-    """The log of a disk, and what was ordered. `known` is what it held of earlier actors."""
+    """The log of a disk, and what was ordered.
+
+    What lies on the disk before position `start` is the cut of an earlier recording, `base`.
+    """
 
     orders: list[Order]
     log: list[Operation]
     start: int = 0
-    known: list[Mark] = []
+    base: Job | None = None
 
 
 class Cut(NamedTuple):
@@ -62,65 +61,38 @@ class Cut(NamedTuple):
 
 
 class Run:
-    """Processes that play on a disk. `faults` may be called while they do."""
+    """Processes that play on a disk."""
 
     def __init__(self, disk: ForgetfulDisk, orders: Sequence[Order]) -> None:
         self.disk = disk
         self.orders = list(orders)
-        self._processes: list[subprocess.Popen[str]] = []
+        self.killed: set[int] = set()
+        self.children = [Child(work, order) for order in orders]
+        for child in self.children:
+            child.receive(END_S)
 
     def start(self) -> None:
-        """Start the processes and let them begin at the same time."""
-        boot = os.environ | {"EVERPOOL_BOOT_ID": str(uuid.uuid4())}
-        for order in self.orders:
-            self._processes.append(
-                subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", f"{__package__}.power_loss_workload"),
-                        msgspec.json.encode(order._asdict()).decode(),
-                    ],
-                    cwd=Path(__file__).parents[1],
-                    env=boot,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        for process in self._processes:
-            assert process.stdout is not None and process.stdin is not None
-            if not process.stdout.readline():
-                raise AssertionError(process.communicate()[1])
-        for process in self._processes:
-            assert process.stdin is not None
-            print(file=process.stdin, flush=True)
+        """Let all begin at the same time."""
+        for child in self.children:
+            child.send("begin")
 
-    def running(self) -> bool:
+    def playing(self) -> bool:
         """Whether any process still plays."""
-        return any(process.poll() is None for process in self._processes)
+        return any(child.alive() for child in self.children)
 
     def kill(self, number: int) -> None:
         """End a process at once, whatever it is doing."""
-        self._processes[number].kill()
+        self.killed.add(number)
+        self.children[number].kill()
 
-    def finish(self, killed: Iterable[int] = ()) -> Recording:
-        """Wait for all processes; AssertionError when one failed."""
-        for number, process in enumerate(self._processes):
-            try:
-                _, trouble = process.communicate(timeout=END_S)
-            except subprocess.TimeoutExpired:
-                self.stop()
-                raise AssertionError(f"process {number} of {self.orders} hangs") from None
-            if number not in killed:
-                assert process.returncode == 0, trouble
+    def finish(self) -> Recording:
+        """Wait until all have played; AssertionError when one failed."""
+        for number, child in enumerate(self.children):
+            if number not in self.killed:
+                status = child.join(END_S)
+                said = [it.text for it in child.said if isinstance(it, Failure)]
+                assert status == 0, f"process {number} ended with {status}:\n{''.join(said)}"
         return Recording(self.orders, self.disk.record())
-
-    def stop(self) -> None:
-        """End what still runs."""
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
 
 
 @contextlib.contextmanager
@@ -131,42 +103,52 @@ def running(disk: ForgetfulDisk, orders: Sequence[Order]) -> Iterator[Run]:
         run.start()
         yield run
     finally:
-        run.stop()
+        for child in run.children:
+            if child.alive():
+                child.kill()
 
 
 # -- what was promised ----------------------------------------------------------------------------
 
 
-@dataclass
 class Promises:
     """What the marks so far say: `least` steps of each actor count, and `most` at the most."""
 
-    created: bool = False
-    stocked: bool = False
-    version: int = 0
-    least: dict[str, int] = field(default_factory=dict[str, int])
-    most: dict[str, int] = field(default_factory=dict[str, int])
-    outcomes: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    def __init__(self) -> None:
+        self.created = False
+        self.stocked = False
+        self.version = 0
+        self.least: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+        self.seen: dict[str, str] = {}
+        self.outcomes: list[tuple[str, int]] = []
+        self.counts: dict[str, int] = {}
 
     def note(self, text: str) -> None:
         """Take one more mark into account."""
         what, *rest = text.split()
+        self.counts[what] = self.counts.get(what, 0) + 1
         if what == "created":
             self.created = True
         elif what == "opened":
             self.stocked = True
-        elif what in ("begun", "done", "refused", "unknown"):
+        elif what == "saw":
+            self.seen[rest[0]] = rest[1]
+        elif what != "unopened":
             actor, at, *facts = rest
-            if what == "begun":
-                self.least.setdefault(actor, 0)
-                self.most[actor] = int(at) + 1
-            elif what == "done":
-                self.least[actor] = int(at) + 1
-                if facts:
-                    self.version = max(self.version, int(facts[0]))
-                    self.outcomes.append((facts[1], int(facts[0])))
-            elif what == "refused":
-                self.most[actor] = int(at)
+            self._note_step(what, actor, int(at), facts)
+
+    def _note_step(self, what: str, actor: str, at: int, facts: list[str]) -> None:
+        if what == "begun":
+            self.least.setdefault(actor, 0)
+            self.most[actor] = at + 1
+        elif what == "refused":
+            self.most[actor] = at
+        elif what == "done":
+            self.least[actor] = at + 1
+            if facts:
+                self.version = max(self.version, int(facts[0]))
+                self.outcomes.append((facts[1], int(facts[0])))
 
 
 # -- cutting --------------------------------------------------------------------------------------
@@ -177,139 +159,172 @@ class Cuts:
 
     def __init__(self, recording: Recording, scratch: Path) -> None:
         self.recording = recording
-        self._scratch = scratch
-        self._model = DiskModel()
-        self._promises = Promises()
-        self._noted = 0
         self.checked = 0
         self.read_only = 0
+        self._scratch = scratch
+        self._rewind()
 
-    def choose(self, pick: random.Random, count: int, *, after: int = 0) -> list[Cut]:
-        """A good mixture of cuts: at syncs, behind acknowledgements, everywhere."""
-        places = [[at for at in group if at >= after] for group in self._places()]
-        places = [group for group in places if group]
-        chosen = [
+    def choose(self, pick: random.Random, count: int) -> list[Cut]:
+        """A good mixture of cuts: at syncs, behind answers, and wherever else something happens.
+
+        Each kind of place gets its share.
+        """
+        places = list(self.places().values())
+        return sorted(
             Cut(pick.choice(pick.choice(places)), pick.getrandbits(32), pick.random() < 0.3)
             for _ in range(count)
-        ]
-        return sorted(chosen)
+        )
 
-    def _places(self) -> list[list[int]]:
-        """Positions by what goes on there: each kind gets its share of the cuts."""
-        places: dict[str, list[int]] = {}
-        paths: dict[int, str] = {1: ""}
-        created = False
-        for at, operation in enumerate(self.recording.log):
-            kind = ""
+    def places(self) -> dict[str, list[int]]:
+        """Positions by what goes on there."""
+        log, start = self.recording.log, self.recording.start
+        places: dict[str, list[int]] = {"anywhere": list(range(start, len(log) + 1))}
+        paths = {1: ""}
+        created = self.recording.base is not None
+        for at, operation in enumerate(log):
+            kinds: list[str] = []
             match operation:
                 case Name(changes):
                     for folder, name, inode in changes:
                         if inode:
                             paths[inode] = f"{paths[folder]}/{os.fsdecode(name)}"
-                        kind = f"names in {paths[folder]}"
+                        kinds = [f"names in {_part_of_pool(paths[folder])}"]
                 case Sync(inode):
-                    kind = f"sync of {_place(paths[inode])}"
-                    places.setdefault("sync", []).append(at)
+                    kinds = ["sync", f"sync of {_part_of_pool(paths[inode])}"]
                 case Write(inode):
-                    kind = f"write to {_place(paths[inode])}"
+                    kinds = [f"write to {_part_of_pool(paths[inode])}"]
                 case Mark(text):
-                    what = text.split()[0]
-                    created |= what == "created"
-                    kind = f"mark {what}"
-                    if what in ("done", "refused"):
-                        places.setdefault("answered", []).append(at + 1)
+                    kinds = [text.split()[0]]
+                    created |= kinds == ["created"]
                 case _:
                     pass
-            for group in [kind or "other"] if created else ["creation"]:
-                places.setdefault(group, []).append(at)
-        places["anywhere"] = list(range(len(self.recording.log) + 1))
-        return list(places.values())
+            if at >= start:
+                for kind in kinds if created else ["creation"]:
+                    # Just before what ends a promise, and just behind what makes one.
+                    places.setdefault(kind, []).append(at + isinstance(operation, Mark))
+        return places
 
-    def check(self, auditor: Auditor, cuts: Sequence[Cut], *, thorough_every: int = 25) -> None:
+    def check(self, auditor: Auditor, cuts: Sequence[Cut]) -> None:
         """Make and audit the cuts, in order. AssertionError for the first that fails."""
-        failed = self.first_failure(auditor, cuts, thorough_every=thorough_every)
+        failed = self.first_failure(auditor, cuts)
         if failed is not None:
             cut, problem = failed
-            kept = self.keep()
-            raise AssertionError(f"{cut} of {kept}:\n{problem}")
+            how = f"{self.keep()} {cut.position} {cut.seed} {int(cut.torn_sectors)}"
+            raise AssertionError(f"python -m support.power_loss {how}\n{problem}")
 
     def first_failure(
-        self, auditor: Auditor, cuts: Sequence[Cut], *, thorough_every: int = 0
+        self, auditor: Auditor, cuts: Iterable[Cut], *, thorough_every: int = 40
     ) -> tuple[Cut, str] | None:
         """Audit until a cut fails; returns it and what is wrong."""
         waiting: list[Cut] = []
         for number, cut in enumerate(cuts):
             job = self.make(cut)
-            job.thorough = bool(thorough_every) and number % thorough_every == 0
+            job.thorough = bool(thorough_every) and number % thorough_every == thorough_every - 1
             auditor.submit(job)
             waiting.append(cut)
-            if len(waiting) > 1 and (problem := self._answer(auditor)):
-                return waiting[0], problem
-            del waiting[:-1]
+            if len(waiting) > 1:  # one cut is audited while the next one is made
+                if problem := self._answer(auditor):
+                    auditor.close()  # with it goes what it was asked since
+                    return waiting[0], problem
+                del waiting[0]
         for cut in waiting:
             if problem := self._answer(auditor):
                 return cut, problem
         return None
 
     def _answer(self, auditor: Auditor) -> str:
-        answer: Answer = auditor.answer()
+        answer = auditor.answer()
         self.checked += 1
         self.read_only += answer.read_only
         return answer.problem
 
     def make(self, cut: Cut, target: Path | None = None) -> Job:
         """Put what the disk may hold into a folder; returns what to ask of it."""
-        promises = self._up_to(cut.position)
+        promises = self.promises(cut.position)
         tree = self._model.survivors(cut.seed, torn_sectors=cut.torn_sectors)
         if target is None:
             target = Path(tempfile.mkdtemp(prefix="cut-", dir=self._scratch))
         tree.write_to(target)
-        return Job(
-            path=str(target / POOL),
-            created=promises.created,
-            stocked=promises.stocked,
-            version=promises.version,
-            states={
-                actor: self._script(actor).states[promises.least[actor] : most + 1]
-                for actor, most in promises.most.items()
-            },
-            shared={
-                actor: self._script(actor).shared[promises.least[actor] : most + 1]
-                for actor, most in promises.most.items()
-            },
-            outcomes=promises.outcomes[-OUTCOMES:],
-            seed=cut.seed,
-        )
+        base = self.recording.base
+        job = Job(str(target / POOL), promises.created, promises.stocked, promises.version)
+        job.outcomes = promises.outcomes[-OUTCOMES:]
+        job.seed = cut.seed
+        if base is not None:
+            self._add_base(job, base, promises.seen)
+        for actor, most in promises.most.items():
+            part, least = self._script(actor), promises.least[actor]
+            job.states[actor] = part.states[least : most + 1]
+            job.shared[actor] = part.shared[least : most + 1]
+        return job
 
-    def _up_to(self, position: int) -> Promises:
-        if position < self._noted:
-            self._model, self._promises, self._noted = DiskModel(), Promises(), 0
-        for operation in self.recording.log[self._noted : position]:
+    def _add_base(self, job: Job, base: Job, seen: dict[str, str]) -> None:
+        job.created |= base.created
+        job.stocked |= base.stocked
+        job.version = max(job.version, base.version)
+        job.outcomes = base.outcomes + job.outcomes
+        for actor, states in base.states.items():
+            # What was seen once must stay.
+            kept = [
+                k for k, it in enumerate(states) if seen.get(actor) in (None, digest_of_state(it))
+            ]
+            job.states[actor] = [states[k] for k in kept]
+            job.shared[actor] = [base.shared[actor][k] for k in kept]
+
+    def promises(self, position: int) -> Promises:
+        """What was promised when the disk's log was so long."""
+        if position < self._played:
+            self._rewind()
+        for operation in self.recording.log[self._played : position]:
             self._model.apply(operation)
             if isinstance(operation, Mark):
                 self._promises.note(operation.text)
-        self._noted = position
+        self._played = position
         return self._promises
 
-    def _script(self, actor: str):
+    def _rewind(self) -> None:
+        self._model, self._promises, self._played = DiskModel(), Promises(), 0
+
+    def _script(self, actor: str) -> Script:
         for order in self.recording.orders:
             if actor in order.actors:
-                return script(actor, order.seed, order.steps, tuple(sorted(order.mix.items())))
+                return order.script(actor)
         raise AssertionError(f"nobody ordered {actor}")
 
     def keep(self) -> Path:
-        """Write the recording to a file that `load` reads."""
-        path = Path(tempfile.mkdtemp(prefix="everpool-recording-")) / "recording.msgpack"
+        """Write the recording to a file, for the command at the top."""
+        path = Path(tempfile.mkdtemp(prefix="everpool-recording-")) / "recording"
         path.write_bytes(msgspec.msgpack.encode(self.recording))
         return path
 
 
-def _place(path: str) -> str:
+def _part_of_pool(path: str) -> str:
     """The folder of the pool that a path belongs to, or the file in the pool itself."""
     parts = path.split("/")
     return parts[2] if len(parts) > 2 else path
 
 
-def load(path: Path) -> Recording:
-    """Read what `keep` wrote."""
-    return msgspec.msgpack.decode(path.read_bytes(), type=Recording)
+def put_on_disk(disk: ForgetfulDisk, cuts: Cuts, cut: Cut) -> Recording:
+    """Put a cut on a disk, all of it durable; returns the beginning of a recording of that disk."""
+    job = cuts.make(cut, disk.path)
+    for folder, _, files in os.walk(disk.path, topdown=False):
+        for path in (*(Path(folder) / name for name in files), Path(folder)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    return Recording([], [], disk.position(), job)
+
+
+def main() -> None:
+    """Repeat one cut."""
+    file, position, seed, torn_sectors = sys.argv[1:]
+    recording = msgspec.msgpack.decode(Path(file).read_bytes(), type=Recording)
+    with tempfile.TemporaryDirectory() as scratch, Auditor() as auditor:
+        cut = Cut(int(position), int(seed), torn_sectors == "1")
+        failed = Cuts(recording, Path(scratch)).first_failure(auditor, [cut])
+        print(failed[1] if failed else "all is well")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,13 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import select
 import shutil
-import subprocess
-import sys
 import traceback
 import uuid
-from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from everpool.replica.verify import _Checker
 
 from .power_loss_mutants import apply_mutant
 from .power_loss_script import ACCOUNTS, BANK, OPENING_BALANCE, TOTAL, State, digest
+from .processes import Child
 
 PATIENCE_S = 120
 MINE = "audit/"
@@ -45,10 +43,10 @@ class Job(msgspec.Struct):
     created: bool
     stocked: bool
     version: int
-    states: dict[str, list[State]]
-    shared: dict[str, list[int]]
-    outcomes: list[tuple[str, int]]
-    seed: int
+    states: dict[str, list[State]] = {}
+    shared: dict[str, list[int]] = {}
+    outcomes: list[tuple[str, int]] = []
+    seed: int = 0
     thorough: bool = False
 
 
@@ -255,74 +253,51 @@ def check_sums(path: Path) -> None:
     assert not checker.said, f"damage: {checker.said}"
 
 
-def main() -> None:
-    """Answer the jobs on standard input, one a line, and remove what was looked at."""
-    apply_mutant(sys.argv[1] if len(sys.argv) > 1 else "")
-    for line in sys.stdin:
-        job = msgspec.json.decode(line, type=Job)
+def answer_jobs(link: Connection, mutant: str) -> None:
+    """A child's part: answers one job after another, and removes what was looked at."""
+    apply_mutant(mutant)
+    while True:
+        job: Job = link.recv()
         try:
             answer = audit(job)
         except Exception:
             answer = Answer(traceback.format_exc())
         shutil.rmtree(Path(job.path).parent, ignore_errors=True)
-        print(msgspec.json.encode(answer).decode(), flush=True)
+        link.send(answer)
 
 
 class Auditor:
-    """The auditing process, as a test uses it: `submit` a few jobs, then `answer` for each."""
+    """The auditing process, as a test uses it: `submit` a few jobs, then `answer` for each.
+
+    A context manager. `mutant` names what is missing in the pool that it opens.
+    """
 
     def __init__(self, mutant: str = "") -> None:
         self._mutant = mutant
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = b""
+        self._child: Child | None = None
+
+    def __enter__(self) -> Auditor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def submit(self, job: Job) -> None:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.power_loss_audit", self._mutant],
-                cwd=Path(__file__).parents[1],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(job) + b"\n")
-        self._process.stdin.flush()
+        if self._child is None:
+            self._child = Child(answer_jobs, self._mutant)
+        self._child.send(job)
 
     def answer(self) -> Answer:
         """The answer to the oldest job that has none yet."""
-        process = self._process
-        assert process is not None and process.stdout is not None
-        while b"\n" not in self._received:
-            if not select.select([process.stdout], [], [], PATIENCE_S)[0]:
-                self.close()
-                return Answer(f"the audit hung for {PATIENCE_S} s")
-            part = os.read(process.stdout.fileno(), 1 << 16)
-            if not part:
-                process.wait()
-                self.close()
-                return Answer(f"the audit died with {process.returncode}")
-            self._received += part
-        line, _, self._received = self._received.partition(b"\n")
-        return msgspec.json.decode(line, type=Answer)
+        assert self._child is not None
+        try:
+            return self._child.receive(PATIENCE_S)
+        except AssertionError as problem:
+            self.close()
+            return Answer(f"the audit broke off: {problem}")
 
     def close(self) -> None:
         """End the process; the next job starts another."""
-        process, self._process = self._process, None
-        self._received = b""
-        if process is not None:
-            process.kill()
-            process.communicate()
-
-
-@contextlib.contextmanager
-def auditor(mutant: str = "") -> Iterator[Auditor]:
-    """An `Auditor` that is closed in the end."""
-    made = Auditor(mutant)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-if __name__ == "__main__":
-    main()
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()

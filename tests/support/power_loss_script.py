@@ -19,7 +19,7 @@ ACCOUNTS = 8
 OPENING_BALANCE = 1000
 BANK, TOTAL = "bank", "total"
 LEDGER_BYTES = 3 * 4096 + 500
-BIG_BYTES = 3 << 20
+BIG_BYTES = 3 << 19
 RING_BYTES = 256 << 10
 
 # Steps of a kind in a hundred or so; see `_Author`.
@@ -79,7 +79,7 @@ class Script:
     """The steps of one actor. `states[k]` and `shared[k]` are of the time after k steps."""
 
     steps: list[Step] = field(default_factory=list[Step])
-    states: list[State] = field(default_factory=lambda: [State()])
+    states: list[State] = field(default_factory=lambda: [{}])
     shared: list[int] = field(default_factory=lambda: [0])
 
 
@@ -91,6 +91,11 @@ def content(key: str, size: int) -> bytes:
 def digest(kind: str, data: bytes | bytearray | memoryview) -> str:
     """What stands for an object's bytes; `kind` is value or memory."""
     return f"{kind} of {len(data)}: {xxh3_64_hexdigest(data)}"
+
+
+def digest_of_state(state: State) -> str:
+    """What stands for all that an actor's names hold."""
+    return xxh3_64_hexdigest(repr(sorted(state.items())))
 
 
 def transfer_text(operation: Operation) -> bytes:
@@ -153,9 +158,9 @@ class _Author:
             case "word":
                 return self._word()
             case "huge":
-                return self._store("big", pick.randrange(1 << 20), (1 << 20) + pick.randint(1, 9000))
+                return self._store("big", pick.randrange(1 << 18), (1 << 20) + pick.randint(1, 9000))
             case "beyond_ring":
-                return self._store("big", pick.randrange(1 << 20), RING_BYTES + pick.randrange(4096))
+                return self._store("big", pick.randrange(1 << 18), RING_BYTES + pick.randrange(4096))
             case "own_count":
                 return Operation("add", self._name("ledger"), 0, 8, amount=pick.randint(1, 99))
             case "shared_count":

@@ -6,20 +6,28 @@ Before each step an actor leaves a mark in the disk's log, and after it another 
     done ACTOR K [VERSION ID]         step K was acknowledged
     refused ACTOR K KIND              step K failed, and nothing of it may ever be seen
     unknown ACTOR K ID                nobody could say; `outcome` then makes it done or refused
-    created, opened, ended            of the pool, by the process
+
+The process itself leaves these:
+
+    created                           the pool was made
+    unopened KIND                     it could not be opened; it is tried again
+    opened                            it is open, with the bank and the counter
+    saw ACTOR DIGEST                  what an actor's names held when it was opened
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import threading
 import time
 import traceback
+import uuid
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 
 import everpool
@@ -34,33 +42,144 @@ from .power_loss_script import (
     TOTAL,
     Operation,
     Script,
+    State,
     Step,
+    digest,
+    digest_of_state,
     script,
     transfer_text,
 )
 
-# A failed step is tried again this often, a little later each time.
-TRIES = 400
+# What fails is tried again this often, a little later each time.
+TRIES = 600
 PAUSE_S = 0.005
+LONGEST_PAUSE_S = 0.1
+POOL = "pool"
 
 
-class Order(NamedTuple):
-    """What one process is to do; JSON on its command line.
+class Order(msgspec.Struct, frozen=True):
+    """What one process is to do on the disk that is mounted at `disk`.
 
     `actors` are played at once by a thread each. `create` makes the pool, the bank and the
-    counter first; else they are waited for.
+    counter first; else they are waited for. `watched` are actors of an earlier run, of whom it
+    tells what it saw.
     """
 
     disk: str
-    pool: str
-    actors: list[str]
+    actors: tuple[str, ...]
     seed: int
     steps: int
-    mix: dict[str, int]
+    mix: Mapping[str, int]
     create: bool = False
+    watched: tuple[str, ...] = ()
     flush_versions: int = 40
     kept_versions: int = 30
     mutant: str = ""
+    boot: str = str(uuid.UUID(int=1))
+
+    @property
+    def pool(self) -> str:
+        """The pool's path."""
+        return f"{self.disk}/{POOL}"
+
+    def script(self, actor: str) -> Script:
+        """What that actor is to do."""
+        return script(actor, self.seed, self.steps, tuple(sorted(self.mix.items())))
+
+
+def work(link: Connection, order: Order) -> None:
+    """A child's part: gets ready, says so, waits for a word, and plays."""
+    os.environ["EVERPOOL_BOOT_ID"] = order.boot
+    flush.FLUSH_VERSIONS = order.flush_versions
+    flush.KEPT_VERSIONS = order.kept_versions
+    apply_mutant(order.mutant)
+    parts = [(actor, order.script(actor)) for actor in order.actors]
+    link.send("ready")
+    link.recv()
+    troubles: list[str] = []
+    with set_up(order) if order.create else wait_for_pool(order) as pool:
+        mark(order.disk, "opened")
+        for actor in order.watched:
+            mark(order.disk, f"saw {actor} {digest_of_state(look_at(pool, actor))}")
+
+        def play(actor: Actor) -> None:
+            try:
+                actor.play()
+            except BaseException:
+                troubles.append(traceback.format_exc())
+
+        threads = [
+            threading.Thread(target=play, args=(Actor(pool, order.disk, name, part),))
+            for name, part in parts
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if troubles:
+        raise AssertionError("\n".join(troubles))
+
+
+def set_up(order: Order) -> everpool.Pool:
+    """Make the pool, the bank and the counter."""
+    pool = insist_open(order, create=True)
+    mark(order.disk, "created")
+    with pool.transaction() as tx:
+        bank = tx.allocate_array(BANK, ACCOUNTS, "int64")
+        bank[:] = np.full(ACCOUNTS, OPENING_BALANCE)
+        tx.allocate(TOTAL, 8)
+    return pool
+
+
+def wait_for_pool(order: Order) -> everpool.Pool:
+    """Open the pool that another process makes, or made."""
+    for tried in range(TRIES):
+        if (Path(order.pool) / "everpool.json").exists():
+            break
+        pause(tried)
+    pool = insist_open(order, create=False)
+    for tried in range(TRIES):
+        if TOTAL in pool:
+            return pool
+        pause(tried)
+    raise TimeoutError("nobody made the bank and the counter")
+
+
+def insist_open(order: Order, *, create: bool) -> everpool.Pool:
+    """Open the pool, however often the disk fails."""
+    for tried in range(TRIES):
+        try:
+            return everpool.open(order.pool, create=create)
+        except everpool.UnavailableError as error:
+            mark(order.disk, f"unopened {error.kind}")
+            pause(tried)
+    raise TimeoutError(f"{order.pool} could not be opened in {TRIES} tries")
+
+
+def pause(tried: int) -> None:
+    time.sleep(min(PAUSE_S * tried, LONGEST_PAUSE_S))
+
+
+def look_at(pool: everpool.Pool, actor: str) -> State:
+    """What an actor's names hold."""
+    found: State = {}
+    for name in pool.names(f"{actor}/"):
+        held = pool[name]
+        if isinstance(held, everpool.Memory):
+            found[name] = digest("memory", held.read(0, held.size))
+        else:
+            found[name] = digest("value", held)
+    return found
+
+
+def flush_pool(pool: everpool.Pool) -> None:
+    """Flush the pool; and let the kernel write the shared page, as it does now and then."""
+    pool.engine().flush()
+    descriptor = os.open(pool.path / "shared", os.O_RDWR)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Actor:
@@ -70,19 +189,20 @@ class Actor:
         self._pool = pool
         self._disk = disk
         self._name = name
-        self._part = part
+        self._steps = part.steps
         self._handles: dict[str, Any] = {}
 
     def play(self) -> None:
+        """Play all steps, in order."""
         at = 0
-        while at < len(self._part.steps):
+        while at < len(self._steps):
             end = at + 1
-            if self._part.steps[at].how == "pipelined":
-                while end < len(self._part.steps) and self._part.steps[end].how == "pipelined":
+            if self._steps[at].how == "pipelined":
+                while end < len(self._steps) and self._steps[end].how == "pipelined":
                     end += 1
                 self._pipeline(at, end)
             else:
-                self._insist(at, self._part.steps[at])
+                self._insist(at, self._steps[at])
             at = end
 
     def _mark(self, what: str, at: int, *facts: object) -> None:
@@ -96,7 +216,7 @@ class Actor:
                 facts = self._do(step)
             except everpool.UnavailableError as error:
                 self._mark("refused", at, error.kind)
-                time.sleep(PAUSE_S * min(tried, 20))
+                pause(tried)
             except everpool.CommitUnknownError as error:
                 self._mark("unknown", at, error.id)
                 state, version = self._settle(str(error.id))
@@ -114,7 +234,7 @@ class Actor:
             try:
                 found = self._pool.outcome(id)
             except (everpool.UnavailableError, everpool.CommitUnknownError):
-                time.sleep(PAUSE_S * min(tried, 20))
+                pause(tried)
             else:
                 return found.state, found.version
         raise TimeoutError(f"nobody could settle {id} in {TRIES} tries")
@@ -141,7 +261,7 @@ class Actor:
         for at in range(first, end):
             self._mark("begun", at)
             with self._pool.transaction(wait=False) as tx:
-                for operation in self._part.steps[at].operations:
+                for operation in self._steps[at].operations:
                     self._in_transaction(tx, operation)
             left.append(tx)
         for at, tx in zip(range(first, end), left, strict=True):
@@ -159,8 +279,8 @@ class Actor:
             case "put":
                 self._pool[name] = operation.content()
             case "delete":
-                self._handles.pop(name, None)
                 del self._pool[name]
+                self._handles.pop(name, None)
             case "allocate":
                 self._handles[name] = self._pool.allocate(name, operation.size)
             case "write":
@@ -186,74 +306,3 @@ class Actor:
                 tx[operation.name] = transfer_text(operation)
             case _:
                 raise AssertionError(operation)
-
-
-def flush_pool(pool: everpool.Pool) -> None:
-    """Flush the pool; and let the kernel write the shared page, as it does now and then."""
-    pool.engine().flush()
-    descriptor = os.open(pool.path / "shared", os.O_RDWR)
-    try:
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def set_up(disk: str, path: str) -> everpool.Pool:
-    """Make the pool, the bank and the counter."""
-    pool = everpool.open(path)
-    mark(disk, "created")
-    with pool.transaction() as tx:
-        bank = tx.allocate_array(BANK, ACCOUNTS, "int64")
-        bank[:] = np.full(ACCOUNTS, OPENING_BALANCE)
-        tx.allocate(TOTAL, 8)
-    return pool
-
-
-def wait_for_pool(path: str) -> everpool.Pool:
-    """Open the pool that another process makes."""
-    deadline = time.monotonic() + 30
-    while not (Path(path) / "everpool.json").exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nobody made {path}")
-        time.sleep(0.01)
-    pool = everpool.open(path, create=False)
-    while TOTAL not in pool:
-        time.sleep(0.01)
-    return pool
-
-
-def main() -> None:
-    """Play; the order is the only argument. Says "ready" and waits for a line before it begins."""
-    order = Order(**json.loads(sys.argv[1]))
-    flush.FLUSH_VERSIONS = order.flush_versions
-    flush.KEPT_VERSIONS = order.kept_versions
-    apply_mutant(order.mutant)
-    kinds = tuple(sorted(order.mix.items()))
-    parts = [script(actor, order.seed, order.steps, kinds) for actor in order.actors]
-    print("ready", flush=True)
-    sys.stdin.readline()
-    troubles: list[str] = []
-    with set_up(order.disk, order.pool) if order.create else wait_for_pool(order.pool) as pool:
-        mark(order.disk, "opened")
-
-        def play(actor: Actor) -> None:
-            try:
-                actor.play()
-            except BaseException:
-                troubles.append(traceback.format_exc())
-
-        threads = [
-            threading.Thread(target=play, args=(Actor(pool, order.disk, name, part),))
-            for name, part in zip(order.actors, parts, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    mark(order.disk, "ended")
-    if troubles:
-        sys.exit("\n".join(troubles))
-
-
-if __name__ == "__main__":
-    main()

@@ -92,8 +92,9 @@ def decode(data: Buffer, *, zero_copy: bool) -> Any:
     memoryview of format "B". No bytes make it run code, read outside of `data`, or use more
     time and memory than in proportion to their number.
 
-    Opening a table costs a check of its variable-length columns (their bytes are read once);
-    opening an array costs the same whatever its size.
+    Opening an array costs the same whatever its size. Opening a table costs a look at the
+    offsets and indices of its columns of variable length or dictionaries, not at their text;
+    without `zero_copy` the text is checked as well to be UTF-8.
 
     Raises:
         CorruptionError: the bytes are malformed.
