@@ -162,6 +162,13 @@ def flush_once(pause: Pause, link: Connection, path: Path) -> None:
     pause()
 
 
+def flush_and_inspect(path: Path) -> Found:
+    with everpool.open(path, create=False) as pool:
+        scenes.tidy(pool)
+        assert not scenes.leftovers(pool)
+    return inspect(path, "change", False)
+
+
 @traced
 def test_killed_at_every_step_of_a_flush(tmp_path: Path) -> None:
     path = make_pool(tmp_path)
@@ -170,9 +177,7 @@ def test_killed_at_every_step_of_a_flush(tmp_path: Path) -> None:
         steps.append(death.step)
         state = number + 1
         assert call(inspect, path, "store", number % 4 == 0).state == state, death
-        found = call(inspect, path, "change", False)
-        assert found.state == state, death
-        assert not found.leftovers, death
+        assert call(flush_and_inspect, path).state == state, death
     assert {"fsync memory", "fdatasync data.mdb", "unlink"} <= set(steps)
 
 
@@ -243,56 +248,51 @@ def open_after_boot(pause: Pause, link: Connection, path: Path, boot: str | None
     pause()
 
 
-def killed_at(step: str, count: int, path: Path, boot: str | None) -> None:
-    """Leave a pool whose writer died right after the `count`-th time that it made this step."""
+def killed_after(steps: tuple[str, ...], path: Path, boot: str | None) -> None:
+    """Leave a pool whose writer died when it had made these steps, among others, in this order."""
     tracee = Tracee(commit_after_boot, path, "change", boot)
     with ending(tracee):
-        while count:
-            found = tracee.next_step()
-            assert found is not None, f"no {step!r} is left to die at"
-            count -= found == step
+        for step in steps:
+            while (found := tracee.next_step()) != step:
+                assert found is not None, f"no {step!r} is left to die at"
 
 
-def steps_to(path: Path, boot: str | None) -> list[str]:
-    """Return the steps of a commit."""
-    tracee = Tracee(commit_after_boot, path, "change", boot)
-    steps: list[str] = []
-    with ending(tracee):
-        while step := tracee.next_step():
-            steps.append(step)
-        tracee.finish()
-    return steps
+_FLUSHED = "fdatasync data.mdb"
 
 
 @traced
-@pytest.mark.parametrize("reboots", [False, True], ids=["same-boot", "next-boot"])
 @pytest.mark.parametrize(
-    ("step", "at"),
-    [("fdatasync data.mdb", 1), ("pwrite64 data.mdb", -1), ("rename", -1)],
-    ids=["in-the-ring", "committed", "half-applied"],
+    ("steps", "reboots", "counts"),
+    [
+        ((_FLUSHED,), False, False),
+        ((_FLUSHED,), True, True),
+        ((_FLUSHED, "pwrite64 data.mdb"), False, True),
+        ((_FLUSHED, "pwrite64 data.mdb", "rename"), False, True),
+        ((_FLUSHED, "pwrite64 data.mdb", "rename"), True, True),
+    ],
+    ids=["in-ring", "in-ring-boot", "committed", "half-applied", "half-applied-boot"],
 )
 def test_recovery_killed_at_every_step(
-    tmp_path: Path, step: str, at: int, reboots: bool
+    tmp_path: Path, steps: tuple[str, ...], reboots: bool, counts: bool
 ) -> None:
     path = make_pool(tmp_path)
     choose = random.Random(1)
     boot = uuid.uuid4().hex if reboots else None
-    count = at if at > 0 else steps_to(path, boot).count(step)
-    state = call(inspect, path, "change", False, boot).state
+    state = 0
     deaths = 0
     tried: set[tuple[str, int]] = set()
     while True:
-        killed_at(step, count, path, boot)
+        killed_after(steps, path, boot)
         if reboots:
             boot = uuid.uuid4().hex
-        state += 1
+        state += counts
         death = killed_somewhere_new(tried, open_after_boot, path, boot)
         if death is None:
             break
         deaths += 1
         if deaths % 3 == 0:  # and the one that comes to help
-            killed_somewhere_new(set(choose.sample(sorted(tried), len(tried) // 2)),
-                                 open_after_boot, path, boot)
+            some = set(choose.sample(sorted(tried), len(tried) // 2))
+            killed_somewhere_new(some, open_after_boot, path, boot)
         found = call(inspect, path, "change", deaths % 8 == 0, boot)
         assert found.state == state, death
         assert not found.leftovers, death

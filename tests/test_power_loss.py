@@ -14,9 +14,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -31,7 +31,7 @@ from support.processes import call
 
 pytestmark = pytest.mark.fuse
 
-LATER = str(uuid.UUID(int=2))  # the boot after the first cut
+FIRST, LATER = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))  # boots before and after a cut
 INDEX, MEMORY, STAGING = f"{POOL}/index/data.mdb", f"{POOL}/memory*", f"{POOL}/staging*"
 ROOM_BYTES = 1 << 30
 
@@ -68,19 +68,27 @@ def pick() -> random.Random:
 
 
 def orders(
-    processes: int, threads: int, steps: int, *, mix=FULL_MIX, seed: int = 1, **facts
+    processes: int,
+    threads: int,
+    steps: int,
+    *,
+    mix: Mapping[str, int] = FULL_MIX,
+    seed: int = 1,
+    later: bool = False,
+    **facts: Any,
 ) -> Callable[[Path], list[Order]]:
-    """Orders for a disk: the first process makes the pool."""
+    """Orders for a disk: the first process makes the pool, unless it is a later boot."""
 
     def make(disk: Path) -> list[Order]:
         return [
             Order(
                 str(disk),
-                tuple(f"{'abcdefgh'[process]}{thread}" for thread in range(threads)),
+                tuple(f"{'later' * later}{process}{thread}" for thread in range(threads)),
                 seed,
                 steps,
                 mix,
-                create=process == 0,
+                create=not later and process == 0,
+                boot=LATER if later else FIRST,
                 **facts,
             )
             for process in range(processes)
@@ -140,3 +148,142 @@ def test_cuts_while_a_pool_is_made(
     cuts = Cuts(recording, scratch)
     places = [at for at in cuts.places()["creation"] for _ in range(2)]
     cuts.check(auditor, [Cut(at, pick.getrandbits(32), pick.random() < 0.3) for at in places])
+
+
+def test_folders_above_a_new_pool_survive(
+    tmp_path: Path, scratch: Path, pick: random.Random
+) -> None:
+    disk = mounted(tmp_path / "disk")
+    with contextlib.closing(disk):
+        call(make_deep_pool, disk.path)
+        for seed in range(20):
+            target = scratch / f"deep-{seed}"
+            disk.cut(seed, target)
+            assert call(names_of, target / "a" / "b" / "c") == []
+
+
+def make_deep_pool(disk: Path) -> None:
+    everpool.open(disk / "a" / "b" / "c").close()
+
+
+def names_of(path: Path) -> list[str]:
+    with everpool.open(path, create=False) as pool:
+        return list(pool)
+
+
+# -- power cuts in the middle of making up for a power cut ----------------------------------------
+
+
+def no_fault(disk: ForgetfulDisk) -> None:
+    pass
+
+
+def full(disk: ForgetfulDisk) -> None:
+    disk.full = True
+
+
+def first_flush(disk: ForgetfulDisk) -> None:
+    disk.fail("sync", glob=INDEX)
+
+
+def second_flush(disk: ForgetfulDisk) -> None:
+    """That of the entry which only the ring has."""
+    disk.fail("sync", glob=INDEX, after=1)
+
+
+def second_and_third_flush(disk: ForgetfulDisk) -> None:
+    disk.fail("sync", 2, glob=INDEX, after=1)
+
+
+Fault = Callable[[ForgetfulDisk], None]
+
+
+@pytest.mark.parametrize(
+    "fault", [no_fault, full, first_flush, second_flush, second_and_third_flush]
+)
+def test_cuts_while_a_cut_is_made_up_for(
+    fault: Fault,
+    recording: Recording,
+    tmp_path: Path,
+    auditor: Auditor,
+    scratch: Path,
+    pick: random.Random,
+) -> None:
+    first = Cuts(recording, scratch)
+    for number, cut in enumerate(first.choose(pick, 2, ("done",))):
+        again = recover(tmp_path / str(number), first, cut, fault)
+        cuts = Cuts(again, scratch)
+        cuts.check(auditor, cuts.choose(pick, 12, AFTER_OPENING))
+        assert fault in (no_fault, full) or marks_of(cuts)["unopened"]
+
+
+AFTER_OPENING = ("anywhere", "unopened", "opened", "saw", "sync", "done")
+
+
+def recover(
+    folder: Path, cuts: Cuts, cut: Cut, fault: Fault = no_fault, mutant: str = ""
+) -> Recording:
+    """Open a cut on a disk of its own, with a fault meanwhile, and go on working there."""
+    disk = mounted(folder)
+    with contextlib.closing(disk):
+        begun = put_on_disk(disk, cuts, cut)
+        assert begun.base is not None
+        watched = tuple(begun.base.states)
+        make = orders(2, 1, 8, mix=ONE_BY_ONE, later=True, watched=watched, mutant=mutant)
+        fault(disk)
+        with running(disk, make(disk.path)) as run:
+            if disk.full:
+                time.sleep(0.2)
+                disk.full = False
+            recording = run.finish()
+    recording.start, recording.base = begun.start, begun.base
+    return recording
+
+
+# -- disks that fail ------------------------------------------------------------------------------
+
+
+def failing(glob: str, *, every_s: float = 0.04, most: int = 3) -> Trouble:
+    """Now and then a few flushes of such files fail."""
+
+    def trouble(run: Run) -> None:
+        chance = random.Random(1)
+        wait_until_open(run)
+        while run.playing():
+            run.disk.fail("sync", chance.randint(1, most), glob=glob, after=chance.randrange(3))
+            time.sleep(chance.uniform(0.2, 1) * every_s)
+        run.disk.heal()
+
+    return trouble
+
+
+def full_now_and_then(run: Run) -> None:
+    chance = random.Random(1)
+    wait_until_open(run)
+    while run.playing():
+        run.disk.full = True
+        time.sleep(chance.uniform(0, 0.03))
+        run.disk.full = False
+        time.sleep(chance.uniform(0, 0.1))
+
+
+def wait_until_open(run: Run) -> None:
+    while run.playing() and run.disk.position() < 150:
+        time.sleep(0.002)
+
+
+ALL = f"{POOL}/*"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [failing(INDEX), failing(MEMORY), failing(STAGING), failing(ALL), full_now_and_then],
+    ids=["index", "memory", "staging", "everything", "full"],
+)
+def test_cuts_of_a_disk_that_fails(
+    trouble: Trouble, tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
+) -> None:
+    recording = record(tmp_path / "disk", orders(2, 2, 60, mix=ONE_BY_ONE), trouble)
+    cuts = Cuts(recording, scratch)
+    assert marks_of(cuts)["refused"] > 3, "there was hardly any trouble"
+    cuts.check(auditor, cuts.choose(pick, 60))

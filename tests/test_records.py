@@ -110,7 +110,7 @@ def test_any_truncation_is_noticed() -> None:
 def test_a_newer_format_asks_for_an_upgrade() -> None:
     data = bytearray(encode_entry(ENTRY))
     data[3] = 2
-    with pytest.raises(InvalidError, match="format 2.*upgrade"):
+    with pytest.raises(InvalidError, match=r"format 2.*upgrade"):
         decode_entry(bytes(data))
 
 

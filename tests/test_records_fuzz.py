@@ -75,8 +75,10 @@ anything = st.recursive(
     | st.binary(max_size=5)
     | st.datetimes(timezones=st.timezones())
     | st.builds(msgspec.msgpack.Ext, st.integers(-100, 127), st.binary(max_size=9)),
-    lambda inner: st.lists(inner, max_size=6)
-    | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=6)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 9), inner, max_size=3)
+    ),
     max_leaves=25,
 )
 

@@ -64,12 +64,9 @@ class NaiveRule:
         self.version += 1
         verdict = self.void(session, sequence)
         if verdict is None or verdict is Verdict.FENCED:
-            last_fences = {fence for fence in self.fences if fence[0] == session}
-            self.remembered(session)
             self.decided[session] = sequence
             self.touched[session] = self.version
-            self.fences |= last_fences
-        return verdict if verdict is not None else self.judged(record, session)
+        return self.judged(record) if verdict is None else verdict
 
     def remembered(self, session: bytes) -> bool:
         """Whether anything is known of the session; what the floor has passed is forgotten."""
@@ -90,7 +87,7 @@ class NaiveRule:
             return Verdict.GAP
         return Verdict.FENCED if (session, sequence) in self.fences else None
 
-    def judged(self, record: Record, session: bytes) -> Verdict:
+    def judged(self, record: Record) -> Verdict:
         if record.snapshot < self.floor:
             return Verdict.BELOW_FLOOR
         if record.snapshot >= self.version:
@@ -101,7 +98,7 @@ class NaiveRule:
         names_before = set(self.names)
         written = Written(self.version)
         try:
-            self.execute(record, written, session)
+            self.execute(record, written)
         except Refused as refused:
             self.names, self.next_id, self.floor, self.fences, self.touched = before
             return refused.args[0]
@@ -120,7 +117,7 @@ class NaiveRule:
             )
         )
 
-    def execute(self, record: Record, written: Written, session: bytes) -> None:
+    def execute(self, record: Record, written: Written) -> None:
         created: list[int] = []
         known = set(range(self.next_id))
         floor = self.floor

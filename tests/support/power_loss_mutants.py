@@ -12,7 +12,9 @@ from typing import Any
 
 import lmdb
 
+from everpool import commit
 from everpool.commit import Committer
+from everpool.embedded import Engine
 from everpool.replica import bulk, flush, index, layout, ring, shared, writer
 from everpool.replica.bulk import BulkFiles
 from everpool.replica.flush import Flusher
@@ -75,6 +77,16 @@ def folders_not_flushed() -> None:
 
 
 @mutant
+def staging_not_flushed() -> None:
+    bulk.sync_folder = _nothing
+
+
+@mutant
+def folders_not_flushed_with_memory() -> None:
+    flush.sync_folder = _nothing
+
+
+@mutant
 def memory_files_not_flushed() -> None:
     MemoryFiles.sync = _nothing  # type: ignore[method-assign]
 
@@ -122,15 +134,15 @@ def large_entries_flushed_once() -> None:
 @mutant
 def memory_before_index() -> None:
     """Stores are copied into memory before their commit is durable."""
-    commit = Writer._commit
+    commit_entry = Writer._commit
 
-    def too_late(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
+    def too_early(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
         for effect, resolved in batch.applied:
             if isinstance(effect, (writer.Store, writer.Add)):
                 self._apply(effect, resolved)
-        commit(self, txn, batch, results)
+        commit_entry(self, txn, batch, results)
 
-    Writer._commit = too_late  # type: ignore[method-assign]
+    Writer._commit = too_early  # type: ignore[method-assign]
 
 
 @mutant
@@ -149,7 +161,7 @@ def trimmed_by_unflushed_mark() -> None:
     finish = Batch.finish
 
     def eager(self: Batch, row: Any) -> None:
-        self.durable = self.state.flushed
+        self._flushed = self.state.flushed
         finish(self, row)
 
     Batch.finish = eager  # type: ignore[method-assign]
@@ -174,19 +186,17 @@ def marker_before_folders() -> None:
 def failed_entry_stays_in_ring() -> None:
     """After a failed flush only the meta pages are written again."""
 
-    def mend(self: Ring, position: int) -> None:
-        os.pwrite(self._descriptor, os.pread(self._descriptor, 8192, 0), 0)
-        ring.flush_data(self._descriptor)
-
-    Ring.mend = mend  # type: ignore[method-assign]
+    mend = Ring.mend
+    Ring.mend = lambda self, forget: mend(self, None)  # type: ignore[method-assign]
 
 
 @mutant
 def meta_pages_not_written_again() -> None:
     """After a failed flush only the entry is taken out of the ring."""
 
-    def mend(self: Ring, position: int) -> None:
-        os.pwrite(self._descriptor, bytes(40), self._offset(position))
+    def mend(self: Ring, forget: int | None) -> None:
+        if forget is not None:
+            os.pwrite(self._descriptor, bytes(32), self._offset(forget))
         ring.flush_data(self._descriptor)
 
     Ring.mend = mend  # type: ignore[method-assign]
@@ -195,6 +205,21 @@ def meta_pages_not_written_again() -> None:
 @mutant
 def nothing_mended() -> None:
     Ring.mend = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def outcome_told_too_early() -> None:
+    """`outcome` tells of a commit whose flush failed and was not made up for."""
+    outcome = Engine.outcome
+    Engine.outcome = lambda self, id: (  # type: ignore[method-assign]
+        self._decided(id) or outcome(self, id)
+    )
+
+
+@mutant
+def one_id_for_a_batch() -> None:
+    """All of a batch hear of the first one's id when the outcome is unknown."""
+    commit._error_of_record = lambda error, at: error
 
 
 @mutant
@@ -234,7 +259,16 @@ def ring_not_played() -> None:
 @mutant
 def ring_adds_twice() -> None:
     """What the ring's entry added to is read from memory, which may have it already."""
-    Batch.recorded_old = lambda self: None  # type: ignore[method-assign]
+    add = Batch._add
+
+    def add_to_memory(self: Batch, version: int, effect: Any) -> Any:
+        replayed, self.replayed = self.replayed, False
+        try:
+            return add(self, version, effect)
+        finally:
+            self.replayed = replayed
+
+    Batch._add = add_to_memory  # type: ignore[method-assign]
 
 
 @mutant
@@ -257,3 +291,45 @@ def swept_too_early() -> None:
 @mutant
 def nothing_swept() -> None:
     BulkFiles.sweep = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def trimmed_files_come_back() -> None:
+    """Files that went with the tail's end are not removed again."""
+    redo = Writer._redo
+
+    def redo_effects(self: Writer, row: Any, applied: int) -> None:
+        row.removed.clear()
+        redo(self, row, applied)
+
+    Writer._redo = redo_effects  # type: ignore[method-assign]
+
+
+@mutant
+def read_only_without_ring() -> None:
+    """A read-only pool shows what the index has, without what only the ring has."""
+    Engine._check_finished = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def trusted_before_replay() -> None:
+    """The shared page counts before the ring was played, which may fail."""
+    replay = Writer._replay
+
+    def too_late(self: Writer) -> None:
+        self._replica.shared.trust()
+        replay(self)
+
+    Writer._replay = too_late  # type: ignore[method-assign]
+
+
+@mutant
+def failed_replay_forgotten() -> None:
+    """An entry of the ring is taken out of it when the flush of its replay fails."""
+    commit_entry = Writer._commit
+
+    def forgetting(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
+        batch.replayed = False
+        commit_entry(self, txn, batch, results)
+
+    Writer._commit = forgetting  # type: ignore[method-assign]

@@ -95,7 +95,7 @@ def digest(kind: str, data: bytes | bytearray | memoryview) -> str:
 
 def digest_of_state(state: State) -> str:
     """What stands for all that an actor's names hold."""
-    return xxh3_64_hexdigest(repr(sorted(state.items())))
+    return xxh3_64_hexdigest(repr(sorted(state.items())).encode())
 
 
 def transfer_text(operation: Operation) -> bytes:

@@ -97,6 +97,7 @@ class Child:
         """SIGKILL, and wait until it is gone."""
         if self.alive():
             os.kill(self.pid, signal.SIGKILL)
+            _, self.status = os.waitpid(self.pid, 0)
         self.join()
 
     def stop(self) -> None:

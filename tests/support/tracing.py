@@ -18,14 +18,14 @@ import os
 import platform
 import signal
 import sys
-import time
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
 from everpool.replica import shared
-from support.processes import PATIENCE_S, Child, Failure, stacks_of
+from support.processes import PATIENCE_S, Child, Failure
 
 _TRACE_ME, _CONT, _SYSCALL, _SET_OPTIONS, _SYSCALL_INFO = 0, 7, 24, 0x4200, 0x420E
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
@@ -83,6 +83,10 @@ class Tracee(Child):
         self._locks = locks
         self._entered: tuple[str, str] | None = None
         super().__init__(_run, function, args)
+        # A process that hangs ends the wait for its next step by dying.
+        self._patience = threading.Timer(PATIENCE_S, os.kill, (self.pid, signal.SIGKILL))
+        self._patience.daemon = True
+        self._patience.start()
         self._wait_for_pause()
         options = _MARK_SYSCALL_STOPS | _KILL_WITH_TRACER
         _ptrace(_SET_OPTIONS, self.pid, options)
@@ -104,6 +108,11 @@ class Tracee(Child):
             else:
                 raise AssertionError(f"the child got {signal.Signals(stopped_by).name}")
         return None
+
+    def join(self, timeout_s: float = PATIENCE_S) -> int:
+        """Return the exit code, or minus the signal."""
+        self._patience.cancel()
+        return super().join(timeout_s)
 
     def finish(self) -> None:
         """Let it run to its end."""
@@ -146,23 +155,13 @@ class Tracee(Child):
 
     def _wait(self) -> int:
         """Return the signal that it stopped with; a child that ended fails the test."""
-        deadline = time.monotonic() + PATIENCE_S
-        nap_s = 0.0
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG | _WAIT_ANY)
-            if pid:
-                break
-            if time.monotonic() > deadline:
-                stacks = stacks_of(self.pid)
-                os.kill(self.pid, signal.SIGKILL)
-                raise AssertionError(f"the traced child makes no step{stacks}")
-            time.sleep(nap_s)
-            nap_s = min(nap_s + 0.00005, 0.002)
+        _, status = os.waitpid(self.pid, _WAIT_ANY)
         if os.WIFSTOPPED(status):
             return os.WSTOPSIG(status)
         self.status = status
+        self._patience.cancel()
         message = self.link.recv() if self.link.poll(0.1) else None
-        text = message.text if isinstance(message, Failure) else f"status {status}"
+        text = message.text if isinstance(message, Failure) else f"it hung, or died: {status}"
         raise AssertionError("the traced child ended:\n" + text)
 
 

@@ -58,7 +58,7 @@ def _simulate(seed: int, settings: Settings, replica_type: type[MemoryReplica]) 
     hosts = [Host(world) for _ in range(settings.hosts)]
     _schedule_stewards(world, hosts)
     deadline = settings.deadline
-    while world.in_flight or not world.calm or not all(host.settled() for host in hosts):
+    while not world.calm or world.in_flight or not all(host.settled() for host in hosts):
         world.clock.step()
         world.calm = world.calm or world.begun >= settings.attempts
         if not world.calm:

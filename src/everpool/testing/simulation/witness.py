@@ -98,10 +98,9 @@ class Witness:
         """A replica has played one more entry."""
         said = (replica.hash, decided)
         first = self.decided.setdefault(replica.position, said)
-        demand(
-            first == said,
-            f"replicas disagree on entry {replica.position}: {_words(first)} and {_words(said)}",
-        )
+        if first != said:
+            words = f"{_words(first)} and {_words(said)}"
+            raise Violation(f"replicas disagree on entry {replica.position}: {words}")
 
     def viewed(self, snapshot: int, sights: Sequence[Sight]) -> None:
         """Somebody read; whatever comes of it, it must be what the pool held at `snapshot`."""

@@ -11,7 +11,7 @@ ACCOUNTS = 6
 OPENING_BALANCE = 100
 CELL = 8
 # Offset and type of each counter; they lie close together and none crosses another.
-COUNTERS = [(0, "<i8"), (8, "<u1"), (9, "<i4"), (16, "<f8"), (24, ">u2")]
+COUNTERS = [(0, "<i8"), (8, "|u1"), (9, "<i4"), (16, "<f8"), (24, ">u2")]
 COUNTERS_SIZE = 32
 SCRATCH_SIZE = 40
 SCRATCHES = 3
