@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import time
 import uuid
 from collections import Counter
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import everpool
-from support import scenes
-from support.processes import Worker, call, ending
+from support import scenes, storm
+from support.processes import Child, Failure, Worker, call, ending
 from support.scenes import SCENES
 from support.tracing import Tracee, why_not
 
@@ -297,3 +298,86 @@ def test_recovery_killed_at_every_step(
         assert found.state == state, death
         assert not found.leftovers, death
     assert deaths > 10
+
+
+# Storms
+
+
+class Weather(NamedTuple):
+    """What a storm did."""
+
+    kills: int
+    blackouts: int
+    acknowledged: int
+
+
+def run_storm(tmp_path: Path, seconds: float, seed: int) -> Weather:
+    """Kill writers at random and replace them, and audit the pool after each blackout."""
+    path, folder = tmp_path / "pool", tmp_path / "notes"
+    folder.mkdir()
+    call(storm.prepare, path)
+    choose = random.Random(seed)
+    deadline = time.monotonic() + seconds
+    base, done = storm.FIRST, Weather(0, 0, 0)
+    while time.monotonic() < deadline:
+        kills = blow(path, folder, choose)
+        thorough = done.blackouts % 4 == 0
+        found = call(storm.audit, path, folder, base, thorough)
+        assert found.opened_s < _SLOW_OPENING_S
+        base = found.base
+        done = Weather(done.kills + kills, done.blackouts + 1, done.acknowledged + found.acknowledged)
+    with everpool.open(path, create=False) as pool:
+        report = pool.verify()
+        assert report.ok, report
+    return done
+
+
+def blow(path: Path, folder: Path, choose: random.Random) -> int:
+    """Let writers live and die until all die at once; returns how many died."""
+    writers = {number: Child(storm.live, path, folder, number) for number in range(storm.WRITERS)}
+    kills = 0
+    try:
+        for turn in range(choose.randint(5, 60)):
+            time.sleep(choose.uniform(0, 0.1))
+            number = choose.choice(list(writers))
+            victim = writers[number]
+            if choose.random() < 0.1:
+                victim.stop()
+                time.sleep(choose.uniform(0, 0.05))
+                if choose.random() < 0.5:
+                    victim.go_on()
+            victim.kill()
+            check_last_words(victim)
+            kills += 1
+            writers[number] = Child(storm.live, path, folder, number)
+            if turn % 20 == 19:
+                call(storm.glance, path)
+        time.sleep(choose.uniform(0, 0.3))
+    finally:
+        for writer in writers.values():
+            os.kill(writer.pid, signal.SIGKILL)
+        for writer in writers.values():
+            writer.kill()
+    for writer in writers.values():
+        check_last_words(writer)
+    return kills + len(writers)
+
+
+def check_last_words(writer: Child) -> None:
+    for said in writer.said:
+        assert not isinstance(said, Failure), said.text
+        assert said < _SLOW_OPENING_S, "opening takes long"
+
+
+def test_nothing_acknowledged_is_lost_in_a_storm_of_kills(tmp_path: Path) -> None:
+    done = run_storm(tmp_path, seconds=30, seed=random.randrange(1 << 30))
+    print(done)
+    assert done.kills > 100 and done.blackouts > 3 and done.acknowledged > 1000, done
+
+
+@pytest.mark.soak
+def test_nothing_acknowledged_is_lost_in_a_long_storm_of_kills(tmp_path: Path) -> None:
+    minutes = float(os.environ.get("EVERPOOL_SOAK_MINUTES", "30"))
+    done = run_storm(tmp_path, seconds=60 * minutes, seed=random.randrange(1 << 30))
+    print(done)
+    assert done.kills > 100 * minutes, done

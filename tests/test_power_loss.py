@@ -250,6 +250,7 @@ def failing(glob: str, *, every_s: float = 0.04, most: int = 3) -> Trouble:
         chance = random.Random(1)
         wait_until_open(run)
         while run.playing():
+            run.disk.heal()
             run.disk.fail("sync", chance.randint(1, most), glob=glob, after=chance.randrange(3))
             time.sleep(chance.uniform(0.2, 1) * every_s)
         run.disk.heal()

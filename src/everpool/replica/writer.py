@@ -403,6 +403,7 @@ class Writer:
             except EverpoolError:
                 unknown = True
             if unknown and not batch.replayed:
+                self._session = b""  # no other record may get one of these ids
                 ids = ", ".join(str(result.id) for result in results[:3])
                 raise CommitUnknownError(
                     f"the disk failed during the commit of {ids} ({error}): open the pool again "
