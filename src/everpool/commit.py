@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
+from typing import cast
 
 from everpool.errors import (
     ClosedError,
@@ -76,6 +77,8 @@ class Submission:
         with _futures:
             if self._future is None:
                 self._future = Future()
+                # It cannot be cancelled: the record is on its way.
+                self._future.set_running_or_notify_cancel()
             future = self._future
         if self.done():
             self._resolve(future)
@@ -97,10 +100,11 @@ class Submission:
             refused = result is not None and result.verdict is not Verdict.COMMITTED
             failed = isinstance(error, EverpoolError) and not isinstance(error, CommitUnknownError)
             for staged in self.staged:
-                if refused or failed:
-                    bulk.discard(staged)
-                else:
-                    staged.release()
+                with contextlib.suppress(OSError):
+                    if refused or failed:
+                        bulk.discard(staged)
+                    else:
+                        staged.release()
         self.result, self.error = result, error
         if self._woken is not None:
             self._woken.release()
@@ -116,12 +120,18 @@ class Submission:
 
     def _resolve(self, future: Future[int]) -> None:
         with contextlib.suppress(InvalidStateError):
+            error = version = None
             try:
                 version = self.version()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(version)
+            except BaseException as raised:
+                error = raised
+            try:
+                if error is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(cast("int", version))
+            except SystemExit:
+                pass  # of somebody's callback: it must not end the thread that commits for all
 
 
 _futures = threading.Lock()
@@ -189,9 +199,12 @@ class Committer:
 
     def commit(self, submission: Submission) -> None:
         """Commit and return when the outcome is known."""
+        self._refuse_in_callback()
         if not self._queue and self._leader.acquire(blocking=False):
             try:
                 if not self._queue:
+                    if self._closed:
+                        raise ClosedError("the pool is closed: open it again")
                     self._run([submission])
                     return
             finally:
@@ -209,18 +222,21 @@ class Committer:
                 self._room.wait()
             if self._closed:
                 raise ClosedError("the pool is closed: open it again")
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name="everpool-commit", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise UnavailableError(f"committing: {error}: end some threads") from error
+                self._thread = thread
             self._queue.append(submission)
             self._queue_bytes += submission.size
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._serve, name="everpool-commit", daemon=True
-                )
-                self._thread.start()
         if not self._work.is_set():
             self._work.set()
 
     def drain(self) -> None:
         """Return when everything submitted before has an outcome."""
+        self._refuse_in_callback()
         with self._mutex:
             last = self._queue[-1] if self._queue else None
         if last is not None:
@@ -266,7 +282,7 @@ class Committer:
     def close(self) -> None:
         """Commit what is queued, and stop."""
         self.drain()
-        with self._mutex:
+        with self._leader, self._mutex:
             self._closed = True
         self._work.set()
         if self._thread is not None:
@@ -286,7 +302,6 @@ class Committer:
                     self._work.clear()
                     batch = self._take()
                     if batch:
-                        self._running = batch
                         self._run(batch)
                         self._running = []
                     elif self._closed or not self._work.wait(_LINGER_S):
@@ -299,6 +314,7 @@ class Committer:
             batch: list[Submission] = []
             size = 0
             queue = self._queue
+            self._running = batch  # before anything is taken: a fork must find it in either place
             while queue and len(batch) < _BATCH_RECORDS and size < _BATCH_BYTES:
                 submission = queue.popleft()
                 size += submission.size
@@ -317,13 +333,13 @@ class Committer:
             results = self._append([submission.record for submission in batch], batch)
         except BaseException as error:
             final = not locked or isinstance(error, CommitUnknownError)
-            if final or len(batch) == 1 or not isinstance(error, EverpoolError):
+            if final or len(batch) == 1 or not isinstance(error, Exception):
                 for at, submission in enumerate(batch):
                     submission.settle(None, _error_of_record(error, at), self._replica.bulk)
                 if not isinstance(error, Exception):
                     raise
                 return
-            # One record that the disk has no room for must not fail the others.
+            # One record that there is no room for, or that is odd, must not fail the others.
             for submission in batch:
                 self._run([submission])
             return
@@ -346,13 +362,24 @@ class Committer:
             self._lock.release()
         if self._flusher.due(*self._writer.progress) and self._flushing.acquire(blocking=False):
             self._flushing.release()
-            threading.Thread(target=self._flush_quietly, name="everpool-flush", daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # no more threads: a later commit tries again
+                threading.Thread(
+                    target=self._flush_quietly, name="everpool-flush", daemon=True
+                ).start()
         return results
 
     def _flush_quietly(self) -> None:
         """Flush in the background; what fails is tried again when the next flush is due."""
         with contextlib.suppress(EverpoolError):
             self._flush(0)  # another process that flushes does it for this one, too
+
+    def _refuse_in_callback(self) -> None:
+        """Raise `InvalidError` in the thread that commits: it would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise InvalidError(
+                "a callback of a transaction's future cannot commit, sync or close: hand it to "
+                "another thread"
+            )
 
     def _holding_lock(self, work: Callable[[], None]) -> None:
         with self._leader:
@@ -374,7 +401,7 @@ class Committer:
         return True
 
     def _busy(self) -> UnavailableError:
-        pid = self._replica.shared.holder
+        pid = self._lock.holder() or self._replica.shared.holder
         state = " and is stopped: continue it, or end it" if _is_stopped(pid) else ""
         return UnavailableError(
             f"process {pid} has kept the pool's writer lock for {self._timeout_s:g} s{state}; "

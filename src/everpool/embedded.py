@@ -7,12 +7,13 @@ After a fork the child makes its own; the parent's are left alone there, neither
 import atexit
 import os
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from everpool.commit import Committer, Submission, reset_after_fork
-from everpool.errors import CorruptionError, InvalidError
+from everpool.errors import CorruptionError, InvalidError, UnavailableError
 from everpool.records import Fence, Record, RecordId, session_start
 from everpool.replica import layout
 from everpool.replica.bulk import Staged
@@ -26,6 +27,7 @@ from everpool.verdict import Verdict
 # Larger values go to files of their own.
 INLINE_BYTES = 64 << 10
 DEFAULT_TIMEOUT_S = 30.0
+_SETTLE_S = 0.05
 
 
 class Engine:
@@ -72,6 +74,10 @@ class Engine:
         if not self.replica.trusted and self.replica.index.unplayed() is not None:
             raise unfinished(self.folder)
 
+    def is_ours(self) -> bool:
+        """Whether this process opened the engine, and did not inherit it by a fork."""
+        return self.generation == generation
+
     def write(self, record: Record, staged: list[Staged]) -> Submission:
         """Commit a record and wait for its outcome."""
         submission = Submission(record, staged)
@@ -99,9 +105,16 @@ class Engine:
         replica = self.replica
         if replica.shared.settled() >= 0 and replica.trusted:
             return
-        if self.committer is not None:
-            self.committer.recover(wait=False)
-        replica.settle(self.timeout_s)
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            if self.committer is not None:
+                self.committer.recover(wait=False)  # its writer may be dead
+            try:
+                replica.settle(_SETTLE_S)
+                return
+            except UnavailableError:
+                if time.monotonic() >= deadline:
+                    raise
 
     def flush(self) -> None:
         """Make memory durable in its own files and trim the tail."""
@@ -112,7 +125,12 @@ class Engine:
         if self.committer is not None and self.replica.shared.suspect:
             self.committer.recover(wait=True)  # else a power cut might take back what is told
         found = self._decided(id)
-        if found is None and not self.read_only:
+        if found is None and self.read_only:
+            raise InvalidError(
+                f"{id} is not decided yet, and a pool that is open read-only cannot settle it: "
+                "open it for writing"
+            )
+        if found is None:
             state = self.replica.state()
             fence = Record(state.version, [], [], [], [Fence(id.session, id.sequence)])
             self.write(fence, []).version()

@@ -61,7 +61,7 @@ class ByteSlices:
     def write(self, offset: int, data: Buffer) -> None:
         """Replace the bytes from `offset` on. Raises `InvalidError` beyond the end."""
         view = as_bytes(data)
-        self.check(offset, len(view))
+        offset, _ = self.check(offset, len(view))
         if len(view):
             self.store([(offset, bytes(view))])
 
@@ -92,14 +92,20 @@ class ByteSlices:
             )
         self.write(start, view)
 
-    def check(self, offset: int, size: int) -> None:
-        """Raise `InvalidError` unless the range lies inside the object."""
+    def check(self, offset: int, size: int) -> tuple[int, int]:
+        """Return the range as plain ints; raises `InvalidError` unless it is inside the object."""
+        try:
+            # Not bool, not NumPy's: both would be written to the log as something else.
+            offset, size = int(operator.index(offset)), int(operator.index(size))
+        except TypeError:
+            raise InvalidError(f"offset {offset!r} and size {size!r} must be ints") from None
         if offset < 0 or size < 0 or offset + size > self.size:
             raise InvalidError(
                 f"bytes {offset} to {offset + size} are outside of {self.name!r}, which has "
                 f"{self.size}",
                 name=self.name,
             )
+        return offset, size
 
     def _slice(self, key: slice) -> tuple[int, int]:
         if key.step not in (None, 1):
@@ -109,7 +115,7 @@ class ByteSlices:
 
     def _position(self, key: Any) -> int:
         try:
-            position = operator.index(key)
+            position = int(operator.index(key))
         except TypeError:
             raise InvalidError(f"{key!r} is no index of {self.name!r}: use an int") from None
         if position < 0:
@@ -151,7 +157,7 @@ class Memory(ByteSlices):
 
     def read(self, offset: int, size: int) -> bytes:
         """Return an untorn copy of `size` bytes from `offset` on."""
-        self.check(offset, size)
+        offset, size = self.check(offset, size)
         settled = self.quiet()
         if settled >= 0:
             data = bytes(self._view[offset : offset + size])
@@ -172,9 +178,7 @@ class Memory(ByteSlices):
         No bytes are copied. A view can show half of a commit that is just being applied; for a
         stable picture use `read` or a transaction.
         """
-        if size is None:
-            size = self.size - offset
-        self.check(offset, size)
+        offset, size = self.check(offset, self.size - offset if size is None else size)
         engine = self._attach()
         if engine.read_only and not engine.replica.trusted:
             # Memory is behind the index, and there is nobody who could bring it up to date.
@@ -187,7 +191,7 @@ class Memory(ByteSlices):
     def write(self, offset: int, data: Buffer) -> None:
         """Replace the bytes from `offset` on, atomically and durably."""
         view = as_bytes(data)
-        self.check(offset, len(view))
+        offset, _ = self.check(offset, len(view))
         if len(view) > INLINE_STORE_BYTES:
             engine = self._pool.writing_engine()
             staged = engine.stage_bytes(view)
@@ -208,7 +212,7 @@ class Memory(ByteSlices):
         Atomic, never conflicts, durable on return. Integers wrap around.
         """
         kind, encoded = encode_delta(delta, dtype)
-        self.check(offset, len(encoded))
+        offset, _ = self.check(offset, len(encoded))
         engine = self._pool.writing_engine()
         operation = FetchAdd(self.id, offset, kind.str, encoded)
         record = Record(engine.replica.version(), [], [], [], [operation])
@@ -224,7 +228,7 @@ class Memory(ByteSlices):
                 f"expected has {len(old)} bytes and new has {len(wanted)}: they must be equally "
                 "long, and not empty"
             )
-        self.check(offset, len(old))
+        offset, _ = self.check(offset, len(old))
         while True:
             found, version = self.read_exact(offset, len(old))
             if found != old:

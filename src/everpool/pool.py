@@ -292,8 +292,10 @@ class Pool(MutableMapping[str, Any]):
 
     def outcome(self, id: RecordId | str) -> Outcome:
         """Settle for good what became of a record whose answer was lost."""
-        if isinstance(id, str):
-            id = RecordId.parse(id)
+        try:
+            id = RecordId.parse(id) if isinstance(id, str) else RecordId(*id).checked()
+        except (TypeError, ValueError) as error:
+            raise InvalidError(f"{id!r} is not a record id: {error}") from None
         return Outcome(*self.engine().outcome(id))
 
     # Watching and looking after it

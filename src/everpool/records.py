@@ -58,6 +58,14 @@ class RecordId(NamedTuple):
     def __str__(self) -> str:
         return f"{self.session.hex()}-{self.sequence}"
 
+    def checked(self) -> "RecordId":
+        """Return the id; raises `ValueError` when no record can have it."""
+        if type(self.session) is not bytes or len(self.session) != SESSION_BYTES:
+            raise ValueError(f"a session has {SESSION_BYTES} bytes")
+        if type(self.sequence) is not int or not 0 < self.sequence < 1 << 63:
+            raise ValueError("a sequence is a number from 1 on")
+        return self
+
     @classmethod
     def parse(cls, text: str) -> "RecordId":
         """Return the id that `str(id)` wrote; raises `InvalidError` when `text` is not one."""
@@ -65,7 +73,7 @@ class RecordId(NamedTuple):
         try:
             if not dash or len(session) != 2 * SESSION_BYTES:
                 raise ValueError
-            return cls(bytes.fromhex(session), int(sequence))
+            return cls(bytes.fromhex(session), int(sequence)).checked()
         except ValueError:
             raise InvalidError(
                 f"{text!r} is not a record id: expected 32 hexadecimal digits, a dash and a number"

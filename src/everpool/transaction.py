@@ -88,7 +88,8 @@ class Transaction(MutableMapping[str, Any]):
         if self._open:
             self._open = False
             self._aborted = True
-            self._discard()
+            if self._engine.is_ours():  # a forked child must not delete its parent's files
+                self._discard()
 
     def _commit(self) -> None:
         self._check_open()
@@ -369,7 +370,7 @@ class TransactionMemory(ByteSlices):
 
     def read(self, offset: int, size: int) -> bytes:
         """Return a copy of the bytes, this transaction's own writes included."""
-        self.check(offset, size)
+        offset, size = self.check(offset, size)
         self._check_deleted()
         if not size:
             return b""
@@ -465,7 +466,7 @@ def check_size(size: Any) -> int:
         checked = 0
     if not 1 <= checked <= MAX_MEMORY_BYTES:
         raise InvalidError(f"memory has 1 to {MAX_MEMORY_BYTES} bytes, not {size!r}")
-    return checked
+    return int(checked)
 
 
 def _check_prefix(prefix: object) -> None:

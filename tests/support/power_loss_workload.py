@@ -17,6 +17,7 @@ The process itself leaves these:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -175,11 +176,12 @@ def look_at(pool: everpool.Pool, actor: str) -> State:
 def flush_pool(pool: everpool.Pool) -> None:
     """Flush the pool; and let the kernel write the shared page, as it does now and then."""
     pool.engine().flush()
-    descriptor = os.open(pool.path / "shared", os.O_RDWR)
-    try:
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(pool.path / "shared", os.O_RDWR)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Actor:

@@ -42,7 +42,8 @@ class Failure:
 class Child:
     """A forked process that runs `function(link, *args)` and ends."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *args: Any, survives: bool = False) -> None:
+        """`survives` lets it live on when the thread that started it ends."""
         here, there = multiprocessing.Pipe()
         self.link = here
         self.said: list[Any] = []  # what it sent and nobody received, once it is gone
@@ -50,13 +51,15 @@ class Child:
         self.pid = os.fork()
         if not self.pid:
             here.close()
-            self._live(there, function, args)
+            self._live(there, function, args, survives)
         there.close()
 
-    def _live(self, link: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _live(
+        self, link: Connection, function: Callable[..., Any], args: tuple[Any, ...], survives: bool
+    ) -> None:
         code = 1
         try:
-            if sys.platform == "linux":
+            if sys.platform == "linux" and not survives:
                 _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
             faulthandler.enable(sys.__stderr__)
             function(link, *args)

@@ -148,9 +148,7 @@ def _is_npy(path: Path) -> bool:
     return True
 
 
-def _not_there_yet(
-    pool: everpool.Pool, items: list[Item], force: bool, meter: Meter
-) -> list[Item]:
+def _not_there_yet(pool: everpool.Pool, items: list[Item], force: bool, meter: Meter) -> list[Item]:
     """Return the items that must be stored; raises before any is when a name is taken."""
     todo: list[Item] = []
     taken: list[str] = []

@@ -333,7 +333,7 @@ def rm(
         if not found:
             raise NotFoundError(f"no name begins with {prefix!r}", prefix=prefix)
         if not yes:
-            _confirm(count(len(found), 'object'), prefix or "")
+            _confirm(count(len(found), "object"), prefix or "")
         for start in range(0, len(found), _REMOVE_AT_ONCE):
             batch = found[start : start + _REMOVE_AT_ONCE]
             opened.run(lambda tx, batch=batch: _remove(tx, [n for n in batch if n in tx]))

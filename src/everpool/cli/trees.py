@@ -52,9 +52,7 @@ def import_(
     it again. When a name holds something else, nothing is imported unless --force is given.
     """
     with meter() as bar, open_to_write(pool, create=True) as opened:
-        result = import_tree(
-            opened, folder, pool_path=pool, prefix=prefix, force=force, meter=bar
-        )
+        result = import_tree(opened, folder, pool_path=pool, prefix=prefix, force=force, meter=bar)
     for name in result.as_bytes:
         say(f"[yellow]kept as bytes:[/yellow] {escape(printable(name))} is no plain .npy array")
     for name, reason in result.left_out.items():

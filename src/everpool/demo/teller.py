@@ -40,9 +40,7 @@ def main(path: str, teller: int) -> None:
             source, target = choice.sample(range(count), 2)
             wanted = choice.randint(1, LARGEST_TRANSFER)
             name = audit_name(teller, transfer)
-            amount = pool.run(
-                lambda tx, n=name, s=source, t=target, w=wanted: move(tx, n, s, t, w)
-            )
+            amount = pool.run(lambda tx, n=name, s=source, t=target, w=wanted: move(tx, n, s, t, w))
             os.write(1, f"{name} {source} {target} {amount}\n".encode())
             transfer += 1
 

@@ -65,8 +65,11 @@ class BulkFiles:
         self._maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
     def folders(self) -> tuple[Path, Path]:
-        """Return the folders whose entries must be durable before the tail is trimmed."""
-        return self._staging, self._values
+        """Return the folders to make durable before the tail is trimmed, in this order.
+
+        A file that moves from one to the other must never be in neither.
+        """
+        return self._values, self._staging
 
     def stage(self, pieces: Iterable[bytes | memoryview], size: int) -> Staged:
         """Write `size` bytes to a new file and make it durable; memory needed: one piece."""

@@ -65,7 +65,7 @@ class Flusher:
         """After a failed sync, write again what may be lost. Call with the writer's lock held."""
         if self._replica.shared.unflushed:
             with translated("writing memory again after a failed fsync"):
-                self._writer.redo_flushed(self._replica.state().flushed)
+                self._writer.rewrite(self._replica.state().flushed)
 
     def commit(self, flushed: Flushed) -> None:
         """Note what is durable and raise the floor. Call with the writer's lock held."""
@@ -74,6 +74,7 @@ class Flusher:
         self._writer.commit([record], flushed)
         with translated("tidying up"):
             self._replica.bulk.sweep()
+            self._replica.memories.drop_deleted()
 
     def _floor(self, state: State, flushed: int) -> int:
         """Return the floor that keeps enough, and not much more, of the tail."""

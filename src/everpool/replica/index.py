@@ -23,21 +23,24 @@ import contextlib
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lmdb
 import msgspec
 from xxhash import xxh3_64_intdigest
 
 from everpool.errors import (
+    ClosedError,
     CorruptionError,
     EverpoolError,
     InvalidError,
     UnavailableError,
 )
 from everpool.records import Reference, decode_entry
+from everpool.replica import ring
 from everpool.replica.ring import Ring
 from everpool.verdict import SessionState
 
@@ -46,6 +49,7 @@ INLINE, BULK, MEMORY = 1, 2, 3
 # Address space, not disk: LMDB maps this much once and is never resized.
 _MAP_BYTES = 1 << 42
 _MAX_READERS = 4096
+_CLOSE_S = 5.0
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
 _STATE, _SESSIONS, _MEMORIES, _BLOCKS, _NAMES, _TAIL = b"0", b"1", b"2", b"3", b"4", b"5"
 _NAME = struct.Struct("<BQQQ")
@@ -200,6 +204,40 @@ def translate_os(error: OSError, doing: str) -> EverpoolError:
     return UnavailableError(f"{doing}{where}: {text}")
 
 
+def _reads(env: lmdb.Environment) -> bool:
+    """Whether a thread of this process is reading."""
+    pid = str(os.getpid())
+    rows = (line.split() for line in env.readers().splitlines())
+    return any(len(row) == 3 and row[0] == pid and row[2] != "-" for row in rows)
+
+
+class _Closed:
+    """What is left of an environment that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError("the pool is closed: open it again")
+
+
+def _let_children_open() -> None:
+    """Let a forked child open what its parent has open.
+
+    py-lmdb refuses to open an environment twice in one process, and tells by the file. A child
+    must not use, and cannot safely close, its parent's environment; it opens one of its own.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from lmdb import _envid
+
+        keys = _envid.env_keys
+
+        def env_keys(path: Any, subdir: bool) -> tuple[Any, ...]:
+            return tuple((os.getpid(), key) for key in keys(path, subdir))
+
+        _envid.env_keys = env_keys
+
+
+_let_children_open()
+
+
 class Index:
     """The LMDB environment of one replica in this process."""
 
@@ -222,15 +260,18 @@ class Index:
                 mode=0o666,
             )
             try:
-                self._prepare()
+                self._prepare(create)
             except BaseException:
                 self.env.close()
                 raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, create: bool) -> None:
         if not self.read_only:
             self.env.reader_check()
-        self.ring = Ring(self.path, writable=not self.read_only)
+        if create:
+            with self.env.begin(write=True) as txn:
+                ring.create(txn)
+        self.ring = Ring(self.path, self.env, writable=not self.read_only)
         info = self.env.info()
         length = self.path.stat().st_size
         needed = (info["last_pgno"] + 1) * self.env.stat()["psize"]
@@ -238,7 +279,14 @@ class Index:
 
     def close(self) -> None:
         self.ring.close()
-        self.env.close()
+        env = self.env
+        self.env = cast("lmdb.Environment", _Closed())
+        # Closing it under a thread that is reading would crash the process.
+        deadline = time.monotonic() + _CLOSE_S
+        while _reads(env) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if not _reads(env):
+            env.close()
 
     def read(self) -> lmdb.Transaction:
         """Begin reading. Keep it short: what it pins cannot be reused."""

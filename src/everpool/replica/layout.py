@@ -18,10 +18,9 @@ import msgspec
 
 from everpool.errors import CorruptionError, InvalidError, NotFoundError, UnavailableError
 from everpool.records import EMPTY_HASH
-from everpool.replica import ring
 from everpool.replica.bulk import sync_folder
 from everpool.replica.index import FORMAT, Index, State, translated
-from everpool.replica.lock import WriterLock
+from everpool.replica.lock import lock_at
 from everpool.replica.shared import SharedPage
 
 MARKER = "everpool.json"
@@ -90,14 +89,14 @@ def create_pool(folder: Path, timeout_s: float) -> None:
                 "choose an empty or new folder"
             )
         _make_folder(folder)
-        lock = WriterLock(folder / "lock")
+        lock = lock_at(folder / "lock")
+        if not lock.acquire(timeout_s):
+            raise UnavailableError(f"another process has been creating {folder} for long")
         try:
-            if not lock.acquire(timeout_s):
-                raise UnavailableError(f"another process has been creating {folder} for long")
             if not is_pool(folder):
                 _fill(folder)
         finally:
-            lock.close()
+            lock.release()
 
 
 def _fill(folder: Path) -> None:
@@ -112,7 +111,6 @@ def _fill(folder: Path) -> None:
     try:
         with translated(f"creating the index in {folder}"):
             with index.env.begin(write=True) as txn:
-                ring.create(txn)
                 state = State(FORMAT, pool.bytes, 0, 0, EMPTY_HASH, 0, 0, 1, 0, 0, 0)
                 index.put_state(txn, state)
             index.env.sync(True)

@@ -9,16 +9,53 @@ releases the lock and wants it again at once queues behind that waiter. Byte 2 i
 memory: a second one would find clean pages where the first one's flush failed.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
+import struct
+import sys
 import threading
 import time
 from pathlib import Path
 
 _LOCK, _TURNSTILE, _FLUSHER = 0, 1, 2
 _POLL_S = 0.001
+_PATIENCE_S = 0.05
+# Linux's `struct flock` on 64-bit machines.
+_FLOCK = struct.Struct("hh4xqqi4x")
 _FLUSHER_POLL_S = 0.01
+
+
+def lock_at(path: Path) -> "WriterLock":
+    """Return this process's end of the lock in the file `path`: one for each file, for good.
+
+    Closing any descriptor of the file would free the lock for the whole process.
+    """
+    with _mutex:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(path)
+            known = _locks.get((status.st_dev, status.st_ino))
+            if known is not None:
+                return known
+        lock = WriterLock(path)
+        status = os.fstat(lock.fileno())
+        _locks[status.st_dev, status.st_ino] = lock
+        return lock
+
+
+_locks: dict[tuple[int, int], "WriterLock"] = {}
+_mutex = threading.Lock()
+
+
+def _forget_in_child() -> None:
+    """A forked child holds none of its parent's locks."""
+    global _mutex
+    _mutex = threading.Lock()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class WriterLock:
@@ -28,35 +65,68 @@ class WriterLock:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._mutex = threading.Lock()
         self._waiter: _Waiter | None = None
+        self._held = False
 
     def acquire(self, timeout_s: float) -> bool:
         """Take the lock; returns False when another process kept it for `timeout_s`."""
         if self._waiter is None and self._try(_TURNSTILE):
             if self._try(_LOCK):
                 self._free(_TURNSTILE)
+                self._held = True
                 return True
             self._free(_TURNSTILE)
         if timeout_s <= 0:
             return False
-        with self._mutex:
-            waiter = self._waiter
-            if waiter is None:
-                waiter = self._waiter = _Waiter()
-                threading.Thread(
-                    target=self._wait, args=(waiter,), name="everpool-lock", daemon=True
-                ).start()
-            waiter.wanted = True
-        waiter.acquired.wait(timeout_s)
+        waiter = self._wait_in_kernel()
+        deadline = time.monotonic() + timeout_s
+        patience_s = _PATIENCE_S
+        while not waiter.acquired.wait(min(patience_s, max(0.0, deadline - time.monotonic()))):
+            # Who holds the turnstile may have been stopped there, with the lock itself free.
+            with self._mutex:
+                if self._try(_LOCK):
+                    self._held, waiter.wanted = True, False
+                    return True
+            if time.monotonic() >= deadline:
+                break
         with self._mutex:
             waiter.wanted = False
             if not waiter.acquired.is_set():
                 return False
             self._waiter = None
+            self._held = True
             return True
+
+    def _wait_in_kernel(self) -> "_Waiter":
+        """Let a thread queue for the lock in the kernel, unless one does already."""
+        with self._mutex:
+            waiter = self._waiter
+            if waiter is None:
+                waiter = self._waiter = _Waiter()
+                try:
+                    threading.Thread(
+                        target=self._wait, args=(waiter,), name="everpool-lock", daemon=True
+                    ).start()
+                except RuntimeError:
+                    self._waiter = None  # no more threads: `acquire` goes on trying by itself
+            waiter.wanted = True
+            return waiter
 
     def release(self) -> None:
         """Give the lock up."""
-        self._free(_LOCK)
+        with self._mutex:
+            self._held = False
+            self._free(_LOCK)
+
+    def holder(self) -> int:
+        """Return the pid of another process that holds the lock, or 0 when that is not told."""
+        if sys.platform != "linux":
+            return 0
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK, 1, 0)
+        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
+        return 0 if kind == fcntl.F_UNLCK else pid
+
+    def fileno(self) -> int:
+        return self._descriptor
 
     def acquire_flusher(self, timeout_s: float) -> bool:
         """Take the flusher's lock; returns False when another process kept it for `timeout_s`."""
@@ -70,12 +140,6 @@ class WriterLock:
     def release_flusher(self) -> None:
         """Give the flusher's lock up."""
         self._free(_FLUSHER)
-
-    def close(self) -> None:
-        """Give up the lock and the descriptor."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
     def _wait(self, waiter: "_Waiter") -> None:
         """Wait in the kernel, which queues waiters, for as long as it takes."""
@@ -91,7 +155,8 @@ class WriterLock:
             if waiter.wanted:
                 waiter.acquired.set()
             else:
-                self._free(_LOCK)
+                if not self._held:
+                    self._free(_LOCK)
                 self._waiter = None
 
     def _block(self, byte: int) -> None:

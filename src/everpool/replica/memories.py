@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 from everpool.errors import CorruptionError, InvalidError
@@ -72,7 +73,7 @@ class MemoryFiles:
                 known.clear()
             known.update((id, page) for page in range(first, last + 1))
 
-    def write(self, id: int, offset: int, data: bytes | memoryview) -> None:
+    def write(self, id: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store the bytes where every process sees them."""
         descriptor = self._descriptor(id)
         written = os.pwrite(descriptor, data, offset)
@@ -123,12 +124,19 @@ class MemoryFiles:
             os.close(descriptor)
         self.path(id).unlink(missing_ok=True)
 
-    def sweep(self, next_id: int) -> None:
-        """Delete the files of objects from `next_id` on, which no record has made."""
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Delete the files of the objects that no record has made, or that one has deleted."""
         for name in os.listdir(self.folder):
             with contextlib.suppress(ValueError):
-                if int(name, 16) >= next_id:
+                if is_garbage(int(name, 16)):
                     self.remove(int(name, 16))
+
+    def drop_deleted(self) -> None:
+        """Let go of files that another process deleted. Call with the writer's lock held."""
+        with self._mutex:
+            for id, descriptor in list(self._descriptors.items()):
+                if not os.fstat(descriptor).st_nlink:
+                    os.close(self._descriptors.pop(id))
 
     def sync(self, id: int) -> None:
         """Make the object's bytes durable. An object that is gone needs nothing."""

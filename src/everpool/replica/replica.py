@@ -29,7 +29,7 @@ from everpool.replica.index import (
     translate_os,
     translated,
 )
-from everpool.replica.lock import WriterLock
+from everpool.replica.lock import lock_at
 from everpool.replica.memories import MemoryFiles
 from everpool.replica.shared import REORDERS_LOADS, SharedPage, order_loads
 from everpool.verdict import Add, Effect, Store, Writes, find_conflict, note_effects
@@ -55,7 +55,7 @@ class Replica:
         with translated(f"opening {folder}"):
             self.shared = SharedPage(folder / "shared", writable=not read_only)
             self.index = Index(folder / "index", read_only=read_only, create=False)
-            self.lock = None if read_only else WriterLock(folder / "lock")
+            self.lock = None if read_only else lock_at(folder / "lock")
         self.bulk = BulkFiles(folder)
         self.memories = MemoryFiles(folder)
         self.recent = Recent(self)
@@ -66,8 +66,6 @@ class Replica:
 
     def close(self) -> None:
         """Close what can be closed; mappings that are in use live on."""
-        if self.lock is not None:
-            self.lock.close()
         self.memories.close()
         self.index.close()
 
@@ -172,7 +170,8 @@ class Replica:
         Raises `NotFoundError` when the object is gone.
         """
         for _ in range(_READ_TRIES):
-            applied = self.shared.applied if self.trusted else -1
+            # Before the copy, in either case: what comes later is played over it.
+            applied = self.shared.applied if self.trusted else self.state().flushed
             if REORDERS_LOADS:
                 order_loads()
             copy = bytearray(mapped[offset : offset + size])
@@ -182,8 +181,6 @@ class Replica:
                 state = self.index.state(txn)
                 if self.index.memory_row(txn, id) is None:
                     raise gone(name)
-                if applied < 0:
-                    applied = state.flushed
                 if state.version <= applied:
                     return copy, state.version
                 if self._play(txn, applied, id, offset, copy):
@@ -207,7 +204,10 @@ class Replica:
                     continue
                 if type(effect) is Store:
                     payload = effect.payload
-                    data = payload if isinstance(payload, bytes) else self.bulk.map(payload)
+                    try:
+                        data = payload if isinstance(payload, bytes) else self.bulk.map(payload)
+                    except FileNotFoundError:
+                        return False  # trimmed meanwhile
                     overlay(copy, start, effect.offset, data)
                 elif type(effect) is Add:
                     overlay(copy, start, effect.offset, resolved.new)

@@ -19,9 +19,12 @@ are two slots of 256 KiB (integers are little-endian):
         24    8  length of the row
         32    -  the entry's row of the tail (see `index`)
 
-An entry that does not fit in a slot is made durable with the second flush.
+The row of an entry that does not fit in a slot lies in a file of its own, `large-0` or `large-1`,
+made durable first; the slot holds the XXH3-64 of that file, and its length has the highest bit set.
 """
 
+import contextlib
+import errno
 import os
 import struct
 import sys
@@ -35,6 +38,10 @@ _SLOT_BYTES = 256 << 10
 _PAGE_BYTES = 4096
 VALUE_BYTES = 2 * _SLOT_BYTES + 2 * _PAGE_BYTES
 _MARK = b"everpool ring of entries, format 1"
+_MARK_BYTES = len(_MARK) + 16
+# Where a value that has pages of its own begins in the first of them.
+_VALUE_OFFSET = 16
+_ELSEWHERE = 1 << 63
 _MAGIC = b"EVSLOT1\0"
 _HEADER = struct.Struct("<8sQQQ")
 _CHECKED_FROM = 16
@@ -43,33 +50,70 @@ _SEARCHED_BYTES = 4 << 20
 
 def create(txn: lmdb.Transaction) -> None:
     """Store the ring's value in a new index."""
-    txn.put(KEY, _MARK + bytes(VALUE_BYTES - len(_MARK)))
+    mark = _MARK + os.urandom(16)
+    txn.put(KEY, mark + bytes(VALUE_BYTES - len(mark)))
 
 
 class Ring:
     """The ring of one index, as one process uses it."""
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
+    def __init__(self, path: Path, env: lmdb.Environment, *, writable: bool) -> None:
         flags = os.O_RDWR if writable else os.O_RDONLY
         # LMDB keeps its locks on another file, so closing this descriptor drops none of them.
         self._descriptor = os.open(path, flags | os.O_CLOEXEC)
-        found = os.pread(self._descriptor, _SEARCHED_BYTES, 0).find(_MARK)
-        self._start = -1 if found < 0 else -(-found // _PAGE_BYTES) * _PAGE_BYTES
+        self._path = path
+        self._meta_bytes = 2 * env.stat()["psize"]
+        with env.begin(buffers=True) as txn:
+            value = txn.get(KEY)
+            mark = b"" if value is None else bytes(value[:_MARK_BYTES])
+        self._start = self._find(mark) if mark else -1
+
+    def _find(self, mark: bytes) -> int:
+        """Return where the slots begin in the file, or -1."""
+        head = os.pread(self._descriptor, _SEARCHED_BYTES, 0)
+        found = head.find(mark)
+        while found >= 0 and found % _PAGE_BYTES != _VALUE_OFFSET:
+            found = head.find(mark, found + 1)
+        return -1 if found < 0 else -(-found // _PAGE_BYTES) * _PAGE_BYTES
 
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def put(self, position: int, row: bytes) -> bool:
-        """Write an entry to its slot; False when it does not fit. The next flush makes it durable.
+    def put(self, position: int, row: bytes) -> None:
+        """Write an entry to its slot; the next flush makes it durable. Raises `OSError`.
 
-        `position` is the number of entries before it.
+        `position` is the number of entries before it. What does not fit in a slot is made durable
+        in a file of its own, and the slot tells its checksum.
         """
-        if self._start < 0 or _HEADER.size + len(row) > _SLOT_BYTES:
-            return False
-        data = bytearray(_HEADER.pack(_MAGIC, 0, position, len(row)) + row)
+        if self._start < 0:
+            raise OSError(errno.EUCLEAN, "the index has no ring")
+        header, kept = _HEADER.pack(_MAGIC, 0, position, len(row)), row
+        if _HEADER.size + len(row) > _SLOT_BYTES:
+            self._write_elsewhere(position, row)
+            header = _HEADER.pack(_MAGIC, 0, position, len(row) | _ELSEWHERE)
+            kept = xxh3_64_intdigest(row).to_bytes(8, "little")
+        data = bytearray(header + kept)
         data[8:16] = xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:]).to_bytes(8, "little")
         os.pwrite(self._descriptor, data, self._offset(position))
-        return True
+
+    def _elsewhere(self, position: int) -> Path:
+        return self._path.with_name(f"large-{position & 1}")
+
+    def _write_elsewhere(self, position: int, row: bytes) -> None:
+        path = self._elsewhere(position)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            view = memoryview(row)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def mend(self, forget: int | None) -> None:
         """Make up for a failed flush, durably; raises `OSError`.
@@ -80,7 +124,7 @@ class Ring:
         """
         if self._start >= 0 and forget is not None:
             os.pwrite(self._descriptor, bytes(_HEADER.size), self._offset(forget))
-        os.pwrite(self._descriptor, os.pread(self._descriptor, 2 * _PAGE_BYTES, 0), 0)
+        os.pwrite(self._descriptor, os.pread(self._descriptor, self._meta_bytes, 0), 0)
         flush_data(self._descriptor)
 
     def find(self, position: int) -> bytes | None:
@@ -91,12 +135,21 @@ class Ring:
         if len(data) < _HEADER.size:
             return None
         magic, checksum, stored, length = _HEADER.unpack_from(data)
-        if magic != _MAGIC or stored != position or length > _SLOT_BYTES - _HEADER.size:
+        large = bool(length & _ELSEWHERE)
+        end = _HEADER.size + (8 if large else length)
+        if magic != _MAGIC or stored != position or end > _SLOT_BYTES:
             return None
-        end = _HEADER.size + length
         if xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:end]) != checksum:
             return None
-        return data[_HEADER.size : end]
+        kept = data[_HEADER.size : end]
+        return self._read_elsewhere(position, kept) if large else kept
+
+    def _read_elsewhere(self, position: int, checksum: bytes) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            row = self._elsewhere(position).read_bytes()
+            if xxh3_64_intdigest(row).to_bytes(8, "little") == checksum:
+                return row
+        return None
 
     def _offset(self, position: int) -> int:
         return self._start + (position & 1) * _SLOT_BYTES

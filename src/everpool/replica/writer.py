@@ -33,7 +33,13 @@ from everpool.records import (
     next_hash,
     payload_size,
 )
-from everpool.replica.effects import PendingStores, add_numbers, effects_of, entry_of
+from everpool.replica.effects import (
+    PendingStores,
+    add_numbers,
+    effects_of,
+    entry_of,
+    overlay,
+)
 from everpool.replica.index import (
     BULK,
     INLINE,
@@ -99,7 +105,6 @@ class Batch:
         self.applied: list[tuple[Effect, Resolved]] = []
         self.trimmed: list[str] = []
         self.row = b""
-        self.in_ring = False
         # Replayed from the ring: what its additions found before they changed it.
         self.replayed = False
         self.recorded: deque[bytes] = deque()
@@ -303,11 +308,14 @@ class Writer:
             shared.started = state.version
             if not replica.trusted:
                 self._replay()
+                # What was swept in the last boot may be back.
+                replica.memories.sweep(lambda id: replica.memory_row(id) is None)
                 # Not before: under a page that is trusted nobody looks into the ring any more.
                 shared.trust()
                 replica.trusted = True
             shared.wake()
-            replica.memories.sweep(replica.state().next_id)
+            next_id = replica.state().next_id
+            replica.memories.sweep(lambda id: id >= next_id)
             replica.bulk.sweep()
 
     def _replay(self) -> None:
@@ -315,12 +323,41 @@ class Writer:
         while row := self._replica.index.unplayed():
             self._append(entry_of(row).records, None, row)
 
-    def redo_flushed(self, after: int) -> None:
-        """Write everything after that version to memory again, as after a failed fsync."""
-        with self._replica.index.read() as txn:
-            rows = list(self._replica.index.tail_after(txn, after))
+    def rewrite(self, after: int) -> None:
+        """Write everything after that version to memory again, as after a failed fsync.
+
+        Block by block, with its final bytes: readers, who take no lock, see no old ones.
+        """
+        replica = self._replica
+        with replica.index.read() as txn:
+            rows = list(replica.index.tail_after(txn, after))
+        stores: dict[int, list[tuple[int, bytes | memoryview]]] = {}
+        dirty = Dirty()
         for _, row in rows:
-            self._redo(row, after)
+            for version, effect, resolved in effects_of(entry_of(row), row):
+                if version > after and isinstance(effect, (Store, Add)):
+                    data = resolved.new if isinstance(effect, Add) else self._data(effect.payload)
+                    stores.setdefault(effect.id, []).append((effect.offset, data))
+                    dirty.add(effect)
+        for id, blocks in dirty.blocks.items():
+            known = replica.memory_row(id)
+            if known is None:
+                continue
+            by_block: dict[int, list[tuple[int, bytes | memoryview]]] = {}
+            for offset, data in stores[id]:
+                last = (offset + len(data) - 1) >> BLOCK_SHIFT
+                for block in range(offset >> BLOCK_SHIFT, last + 1):
+                    by_block.setdefault(block, []).append((offset, data))
+            for block in blocks:
+                start = block << BLOCK_SHIFT
+                size = min(1 << BLOCK_SHIFT, known.size - start)
+                final = bytearray(replica.memories.read(id, start, size))
+                for offset, data in by_block[block]:
+                    overlay(final, start, offset, data)
+                replica.memories.write(id, start, final)
+
+    def _data(self, payload: Payload) -> bytes | memoryview:
+        return payload if isinstance(payload, bytes) else self._replica.bulk.map(payload)
 
     def _redo(self, row: TailRow, applied: int) -> None:
         for version, effect, resolved in effects_of(entry_of(row), row):
@@ -373,7 +410,7 @@ class Writer:
                 # Who dies or fails from here on leaves files, which `recover` removes.
                 shared.started = batch.state.version
                 batch.reserve()
-                batch.in_ring = self._replica.index.ring.put(batch.state.position - 1, batch.row)
+                self._replica.index.ring.put(batch.state.position - 1, batch.row)
         except BaseException:
             self._judge = None
             txn.abort()
@@ -388,13 +425,14 @@ class Writer:
         done = False
         try:
             txn.commit()
-            if not batch.in_ring:
-                index.env.sync(True)
             done = True
         except lmdb.Error as error:
             # The entry may lie in the ring, to be played after a power cut: it must not, if the
             # caller is told that nothing was committed; and it must, if it was played from there.
             shared.suspect = 1
+            # The ids of this entry may not be taken again: who asks for them must not be told of
+            # another record. `started` stays, so that `recover` removes what `reserve` made.
+            self._session = b""
             try:
                 with index.read() as reader:
                     unknown = index.state(reader).version >= batch.state.version
@@ -403,14 +441,12 @@ class Writer:
             except EverpoolError:
                 unknown = True
             if unknown and not batch.replayed:
-                self._session = b""  # no other record may get one of these ids
                 ids = ", ".join(str(result.id) for result in results[:3])
                 raise CommitUnknownError(
                     f"the disk failed during the commit of {ids} ({error}): open the pool again "
                     "and ask `outcome(id)`",
                     id=results[0].id,
                 ) from error
-            shared.started = shared.applied
             raise translate(error, "committing") from error
         finally:
             if not done:
@@ -424,7 +460,7 @@ class Writer:
                 self._apply(effect, resolved)
             for file in batch.trimmed:
                 self._replica.bulk.remove(file)
-        except OSError:
+        except (OSError, EverpoolError):
             return  # readers play the tail over what they read until it succeeds
         shared.applied = batch.state.version
         shared.wake()
@@ -468,6 +504,9 @@ class Writer:
             for outcome in replayed.outcomes:
                 batch.recorded.extend(known.old for known in outcome.resolved if known.old)
         else:
+            for record in records:
+                if not (record.ranges or record.names or record.prefixes):
+                    record.snapshot = state.version  # it saw nothing that could be too old
             first = self._next_sequence(batch)
             entry = Entry(self._session, first, state.position, state.hash, records)
             now_ns = max(state.time_ns + 1, time.time_ns())
@@ -520,7 +559,7 @@ class Writer:
         if judge is None or judge.writes.base > oldest:
             judge = Judge(batch, Writes(oldest), version=oldest, floor=0, next_id=0)
         elif state.version - judge.writes.base > 2 * _UNTRIMMED_VERSIONS:
-            judge.writes = judge.writes.since(state.version - _UNTRIMMED_VERSIONS)
+            judge.writes = judge.writes.since(min(oldest, state.version - _UNTRIMMED_VERSIONS))
         if judge.version < state.version:
             load_writes(self._replica.index, batch.txn, judge.writes, judge.version)
         judge.catalog = batch
@@ -529,10 +568,15 @@ class Writer:
         return judge
 
     def _next_sequence(self, batch: Batch) -> int:
-        """Return the sequence for the next record, in a new session when the old is forgotten."""
+        """Return the sequence for the next record.
+
+        In a new session when the old one is forgotten, or has a fence, which would void a record
+        in the middle of a pipeline.
+        """
         if self._session:
             known = batch.session(self._session)
-            if known is not None and known.last_version >= batch.state.floor:
+            remembered = known is not None and known.last_version >= batch.state.floor
+            if known is not None and remembered and not known.fences:
                 return known.last_sequence + 1
         self._session = new_session(batch.state.version)
         return 1
