@@ -308,6 +308,32 @@ def test_memory_that_was_half_filled_is_filled_by_a_second_run(
     assert contents(tmp_path / "other") == contents(pool)
 
 
+def test_huge_sparse_memory_costs_what_was_written(pool: Path, tmp_path: Path) -> None:
+    with everpool.open(pool) as opened:
+        huge = opened.allocate("huge", 1 << 42)
+        huge[(1 << 41) + 5] = 7
+        huge[(1 << 42) - 1] = 9
+        opened.allocate("untouched", 1 << 42)
+        opened.allocate_array("array", (1 << 38,), "f8")[-1] = 1.5
+    begin = time.monotonic()
+    out_of("export", pool, tmp_path / "out")
+    assert (tmp_path / "out" / "huge").stat().st_blocks * 512 < 1 << 20
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())["objects"]
+    assert len({facts["data_sha256"] for facts in manifest.values()}) == 3
+    out_of("import", tmp_path / "other", tmp_path / "out")
+    assert "3 were there already" in out_of("import", tmp_path / "other", tmp_path / "out")
+    assert time.monotonic() - begin < 60
+    with everpool.open(tmp_path / "other") as other:
+        huge = other.memory("huge")
+        assert huge.size == 1 << 42 and huge[(1 << 41) + 5] == 7 and huge[-1] == 9
+        assert other.array("array")[-1] == 1.5 and len(huge.extents()) == 2
+    with (tmp_path / "out" / "huge").open("r+b") as file:
+        file.seek(1 << 30)
+        file.write(b"!")
+    done = run("import", tmp_path / "third", tmp_path / "out")
+    assert done.code == 1 and "SHA-256" in done.err
+
+
 def test_large_memory_of_somebody_else_is_not_replaced(pool: Path, tmp_path: Path) -> None:
     data = os.urandom(1 << 20) + bytes(30 << 20) + b"end"
     with everpool.open(pool) as opened:

@@ -5,6 +5,7 @@ the transaction sees and buffers. All they need of either is `Bytes`.
 """
 
 import operator
+import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from everpool.commit import Submission
 from everpool.errors import ConflictError, InvalidError, NotFoundError
 from everpool.records import FetchAdd, Operation, Record, Write
 from everpool.replica.bulk import Staged
+from everpool.replica.index import translate_os
 from everpool.replica.replica import gone
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Larger stores go to a file first, not through the index.
 INLINE_STORE_BYTES = 1 << 20
 _TRIES = 20
+_QUIET_TRIES = 50
+_QUIET_WAIT_S = 0.001
 # Unlike any version, and unlike the -1 of a commit in flight.
 _UNKNOWN = -2
 
@@ -187,6 +191,24 @@ class Memory(ByteSlices):
         if engine.replica.memory_row(self.id) is None:
             raise gone(self.name)
         return self._view[offset : offset + size]
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return (offset, size) of the parts that were ever written to, in order.
+
+        All bytes outside are zero, and always were. The parts are whole blocks of the disk, so
+        they may begin and end with zeros. Where it cannot be told, one part is the whole.
+        """
+        replica = self._attach().replica
+        for _ in range(_QUIET_TRIES):
+            if self.quiet() >= 0:
+                try:
+                    return replica.memories.extents(self.id, self.size)
+                except FileNotFoundError:
+                    raise gone(self.name) from None
+                except OSError as error:
+                    raise translate_os(error, f"looking at {self.name!r}") from error
+            time.sleep(_QUIET_WAIT_S)
+        return [(0, self.size)]
 
     def write(self, offset: int, data: Buffer) -> None:
         """Replace the bytes from `offset` on, atomically and durably."""

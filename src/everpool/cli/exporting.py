@@ -1,6 +1,6 @@
 """A pool written out as a tree of plain files that any program reads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from everpool.cli.describe import (
     MemoryHandle,
     describe,
 )
-from everpool.cli.files import CHUNK_BYTES, FileWriter
+from everpool.cli.files import CHUNK_BYTES, DATA_HASH_FROM_BYTES, FileWriter, pieces
 from everpool.cli.layout import JOURNAL, Layout
 from everpool.cli.manifest import Journal, Unfinished
 from everpool.cli.tagged import to_json
@@ -69,8 +69,10 @@ def export_pool(
     stale = _prepare(folder, force)
     journal = Journal(folder, prefix=prefix, force=force)
     try:
-        write = _write_all if live else _write_snapshot
-        result, written = write(pool, folder, journal, prefix, meter)
+        if live:
+            result, written = _write_all(pool, pool, folder, journal, prefix, meter)
+        else:
+            result, written = _write_snapshot(pool, folder, journal, prefix, meter)
         for file in stale - written:
             (folder / file).unlink(missing_ok=True)
         journal.finish(result.pool_version, result.damaged)
@@ -102,7 +104,7 @@ def _write_snapshot(
         journal.restart()
         try:
             with pool.transaction() as tx:
-                result, written = _write_all(tx, folder, journal, prefix, meter)
+                result, written = _write_all(pool, tx, folder, journal, prefix, meter)
         except ConflictError as error:
             conflict = error
             continue
@@ -115,7 +117,7 @@ def _write_snapshot(
 
 
 def _write_all(
-    reader: Reader, folder: Path, journal: Journal, prefix: str, meter: Meter
+    pool: everpool.Pool, reader: Reader, folder: Path, journal: Journal, prefix: str, meter: Meter
 ) -> tuple[Exported, set[str]]:
     result = Exported(str(folder))
     written: set[str] = set()
@@ -123,7 +125,7 @@ def _write_all(
     layout = Layout(names)
     for name in names:
         try:
-            facts = _write_object(reader, name, folder, layout, meter)
+            facts = _write_object(pool, reader, name, folder, layout, meter)
         except CorruptionError as error:
             result.damaged[name] = str(error)
             continue
@@ -137,7 +139,7 @@ def _write_all(
 
 
 def _write_object(
-    reader: Reader, name: str, folder: Path, layout: Layout, meter: Meter
+    pool: everpool.Pool, reader: Reader, name: str, folder: Path, layout: Layout, meter: Meter
 ) -> dict[str, Any]:
     value: Any = reader[name]
     facts = describe(name, value)
@@ -146,18 +148,19 @@ def _write_object(
     path = layout.path_of(name, suffix)
     _make_parents(folder, folder / path)
     meter.begin(name, facts["size"])
-    with FileWriter(folder / path, meter) as file:
-        if kind in (MEMORY, MEMORY_ARRAY):
+    memory = kind in (MEMORY, MEMORY_ARRAY)
+    data_hash = memory and facts["size"] >= DATA_HASH_FROM_BYTES
+    with FileWriter(folder / path, meter, data_hash=data_hash) as file:
+        if memory:
             if kind == MEMORY_ARRAY:
                 npy.write_header(value.dtype, value.shape, file)
-            for chunk in memory_chunks(reader.memory(name)):
-                file.write(chunk)
+            write_memory(reader.memory(name), pool.memory(name).extents(), file)
         else:
             write_value(kind, value, file, suffix)
     del facts["name"]
     if "dtype" in facts and (items := npy.layout_of(value.dtype)) is not None:
         facts["layout"] = items
-    return {"file": str(path), **facts, "file_size": file.size, "sha256": file.sha256}
+    return {"file": str(path), **facts, "file_size": file.size, **file.hash}
 
 
 def _make_parents(folder: Path, path: Path) -> None:
@@ -171,13 +174,22 @@ def _make_parents(folder: Path, path: Path) -> None:
             raise InvalidError(f"{here} is a link: everpool writes only inside {folder}; remove it")
 
 
-def memory_chunks(
-    memory: MemoryHandle, offset: int = 0, size: int | None = None
-) -> Iterator[bytes]:
-    """Yield the bytes of a range of memory in pieces, each of them an untorn copy."""
-    end = memory.size if size is None else offset + size
-    for start in range(offset, end, CHUNK_BYTES):
-        yield memory.read(start, min(CHUNK_BYTES, end - start))
+def write_memory(
+    memory: MemoryHandle, extents: Iterable[tuple[int, int]], file: FileWriter
+) -> None:
+    """Append the bytes of memory, of which all outside of `extents` are zero.
+
+    They are read in pieces of 4 MiB, each an untorn copy; those that a transaction reads are all
+    of its version.
+    """
+    done = 0
+    for offset, size in pieces(extents, memory.size):
+        file.skip(offset - done)
+        file.write(memory.read(offset, size))
+        done = offset + size
+    file.skip(memory.size - done)
+    # In a transaction this raises when the name stands for another object now.
+    memory.read(0, 1)
 
 
 def write_value(kind: str, value: Any, file: FileWriter, suffix: str) -> None:

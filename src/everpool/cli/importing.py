@@ -23,7 +23,14 @@ from everpool.cli.describe import (
     MemoryHandle,
     kind_of,
 )
-from everpool.cli.files import CHUNK_BYTES, data_chunks, hash_file
+from everpool.cli.files import (
+    CHUNK_BYTES,
+    data_chunks,
+    data_hash_file,
+    file_extents,
+    hash_file,
+    pieces,
+)
 from everpool.cli.manifest import read_manifest
 from everpool.cli.tagged import from_json, to_json
 from everpool.cli.terminal import Meter
@@ -46,6 +53,7 @@ class Item:
     kind: str
     file_size: int
     sha256: str | None = None
+    data_sha256: str | None = None
     layout: dict[str, Any] | None = None
 
 
@@ -113,8 +121,8 @@ def _items(folder: Path, pool_path: Path, prefix: str, result: Imported) -> Iter
         kind = str(facts.get("kind"))
         if kind not in _KINDS:
             raise InvalidError(f"the manifest gives {name!r} a kind that is not known: {kind!r}")
-        size = path.stat().st_size
-        yield Item(prefix + name, path, kind, size, facts.get("sha256"), facts.get("layout"))
+        known = {key: facts.get(key) for key in ("sha256", "data_sha256", "layout")}
+        yield Item(prefix + name, path, kind, path.stat().st_size, **known)
 
 
 def _plain_items(folder: Path, pool_path: Path, prefix: str, result: Imported) -> Iterator[Item]:
@@ -204,25 +212,32 @@ def _digest(array: "np.ndarray[Any, Any]", order: Literal["C", "F"]) -> bytes:
 
 
 def _same_memory(pool: everpool.Pool, stored: Any, item: Item) -> bool:
-    memory: MemoryHandle = pool.memory(item.name)
-    before = 0
+    memory = pool.memory(item.name)
+    before = _bytes_before(item)
     if item.kind == MEMORY_ARRAY:
         array = npy.read_array(item.path, item.layout)
         if stored.dtype != array.dtype or stored.shape != array.shape:
             return False
-        before = npy.data_offset(item.path)
     if memory.size != item.file_size - before:
         return False
     with item.path.open("rb") as file:
+        extents = sorted([*memory.extents(), *file_extents(file, before)])
         return all(
-            memory.read(offset, min(CHUNK_BYTES, memory.size - offset))
-            == os.pread(file.fileno(), CHUNK_BYTES, before + offset)
-            for offset in range(0, memory.size, CHUNK_BYTES)
+            memory.read(offset, size) == os.pread(file.fileno(), size, before + offset)
+            for offset, size in pieces(extents, memory.size)
         )
 
 
+def _bytes_before(item: Item) -> int:
+    """Return how many bytes stand before the memory's own in its file."""
+    return npy.data_offset(item.path) if item.kind == MEMORY_ARRAY else 0
+
+
 def _check_file(item: Item) -> None:
-    if item.sha256 is not None and hash_file(item.path) != item.sha256:
+    same = item.sha256 is None or hash_file(item.path) == item.sha256
+    if item.data_sha256 is not None:
+        same = data_hash_file(item.path, _bytes_before(item)) == item.data_sha256
+    if not same:
         raise CorruptionError(
             f"{item.path} is not what was exported (its SHA-256 differs): restore it from a copy",
             name=item.name,
@@ -264,7 +279,7 @@ def _make_room(tx: everpool.Transaction, name: str, force: bool) -> None:
 
 def _store_memory(pool: everpool.Pool, item: Item, meter: Meter) -> None:
     """Allocate memory and fill it: in one commit where it is small, else resumable by a marker."""
-    before = npy.data_offset(item.path) if item.kind == MEMORY_ARRAY else 0
+    before = _bytes_before(item)
     one_commit = item.file_size <= _ONE_COMMIT_BYTES
     marker = _marker(item.name)
 
@@ -300,7 +315,7 @@ def _fill(memory: MemoryHandle, path: Path, before: int, meter: Meter | None = N
     with path.open("rb") as file:
         for offset, data in data_chunks(file, before):
             if np.frombuffer(data, np.uint8).any():
-                memory.write(offset - before, data)
+                memory.write(offset, data)
             if meter is not None:
                 meter.advance(len(data))
 

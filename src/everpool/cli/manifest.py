@@ -14,7 +14,8 @@ they become `manifest.json`:
       "damaged": {}                            names that could not be read, and why
     }
 
-`size` counts the object's own bytes; `sha256` and `file_size` describe the file.
+`size` counts the object's own bytes; `sha256` and `file_size` describe the file. Memory of 1 GiB
+and more has `data_sha256` instead, which is explained in `everpool.cli.files`.
 """
 
 import json

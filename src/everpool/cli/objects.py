@@ -24,7 +24,7 @@ from everpool.cli.describe import (
     kind_of,
     summary,
 )
-from everpool.cli.exporting import memory_chunks, write_value
+from everpool.cli.exporting import write_memory, write_value
 from everpool.cli.files import CHUNK_BYTES, FileWriter
 from everpool.cli.opening import AsJson, Name, PoolPath, open_to_read, open_to_write
 from everpool.cli.tagged import from_json, to_json
@@ -169,13 +169,13 @@ def _require_json(name: str, kind: str) -> None:
 def _write_out(opened: everpool.Pool, name: str, value: Any, kind: str, out: Path) -> None:
     if kind in (ARRAY, MEMORY_ARRAY) and out.suffix != ".npy":
         raise InvalidError(f"{name!r} is an array: name a file that ends in .npy")
-    with meter() as bar, FileWriter(out, bar) as file:
+    with meter() as bar, FileWriter(out, bar, data_hash=True) as file:
         bar.begin(str(out), describe(name, value)["size"])
         if kind == MEMORY_ARRAY:
             npy.write_header(value.dtype, value.shape, file)
         if kind in (MEMORY, MEMORY_ARRAY):
-            for chunk in memory_chunks(opened.memory(name)):
-                file.write(chunk)
+            memory = opened.memory(name)
+            write_memory(memory, memory.extents(), file)
         elif kind == TEXT:
             file.write(value.encode())
         else:
@@ -223,8 +223,9 @@ def cat(
             raise InvalidError(f"{name!r} has {length} bytes: the range asked for is outside")
         stop = length if size is None else offset + size
         if kind in (MEMORY, MEMORY_ARRAY):
-            for chunk in memory_chunks(opened.memory(name), offset, stop - offset):
-                _write_raw(chunk)
+            memory = opened.memory(name)
+            for start in range(offset, stop, CHUNK_BYTES):
+                _write_raw(memory.read(start, min(CHUNK_BYTES, stop - start)))
         elif kind in (TEXT, BYTES):
             _write_raw((value.encode() if kind == TEXT else value)[offset:stop])
         elif kind == ARRAY:

@@ -94,6 +94,25 @@ class MemoryFiles:
             )
         return data
 
+    def extents(self, id: int, size: int) -> list[tuple[int, int]]:
+        """Return (offset, size) of the parts of the file that are not holes, in order."""
+        found: list[tuple[int, int]] = []
+        descriptor = os.open(self.path(id), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            end = 0
+            while end < size:
+                start = os.lseek(descriptor, end, os.SEEK_DATA)
+                end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
+                found.append((start, end - start))
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a file system that does not tell
+                return [(0, size)]
+            if error.errno != errno.ENXIO:  # nothing but a hole is left
+                raise
+        finally:
+            os.close(descriptor)
+        return found
+
     def map(self, id: int, size: int) -> mmap.mmap:
         """Return a read-only mapping of the object.
 
