@@ -320,8 +320,20 @@ def read_afresh(path: Path) -> Any:
         return pool["parent"]
 
 
+def run_script(script: str, path: Path) -> None:
+    """Run a whole interpreter from its beginning to its end; it must say that it is fine."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, path],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("fine\n", "", 0)
+
+
 def test_a_child_that_ends_as_python_does_breaks_nothing(path: Path) -> None:
-    """The whole interpreter ends, with everything inherited still referenced."""
+    """At its end an interpreter frees what it inherited."""
     script = """
 import os, sys, everpool, numpy as np
 pool = everpool.open(sys.argv[1], create=False)
@@ -341,14 +353,39 @@ for use in (False, True):
 assert pool["child"] == 0 and pool["pipelined"] == 1, "pipelined work is done at exit"
 print("fine")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, path],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.stdout, done.stderr, done.returncode) == ("fine\n", "", 0)
+    run_script(script, path)
+
+
+def test_children_end_while_threads_of_the_parent_commit_and_read(path: Path) -> None:
+    script = """
+import os, sys, threading, everpool
+pool = everpool.open(sys.argv[1], create=False)
+stop, errors = threading.Event(), []
+def work(number):
+    try:
+        at = 0
+        while not stop.is_set():
+            at += 1
+            pool[str(number)] = at
+            assert sum(1 for _ in pool.names()) and pool[str(number)] == at
+    except BaseException as error:
+        errors.append(error)
+threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+for thread in threads:
+    thread.start()
+for turn in range(15):
+    pid = os.fork()
+    if not pid:
+        if turn % 2:
+            pool["child"] = turn
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+for thread in threads:
+    thread.join()
+print(*errors or ["fine"])
+"""
+    run_script(script, path)
 
 
 # Locks

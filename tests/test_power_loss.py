@@ -15,17 +15,26 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from msgspec.structs import replace
 
 import everpool
-from support.forgetful import ForgetfulDisk, NotAvailableError, mark
+from support.forgetful import ForgetfulDisk, NotAvailableError
 from support.power_loss import Cut, Cuts, Recording, Run, put_on_disk, running
 from support.power_loss_audit import Auditor
-from support.power_loss_mutants import MUTANTS
-from support.power_loss_script import FULL_MIX, ONE_BY_ONE, SMALL_MIX
+from support.power_loss_mutants import ACCIDENTS, MUTANTS
+from support.power_loss_script import (
+    COUNTING_MIX,
+    FLUSHING_MIX,
+    FULL_MIX,
+    LARGE_MIX,
+    ONE_BY_ONE,
+    SMALL_MIX,
+)
 from support.power_loss_workload import POOL, Order
 from support.processes import call
 
@@ -224,7 +233,7 @@ def unfinished(cuts: Cuts, auditor: Auditor, pick: random.Random, count: int) ->
         auditor.submit(cuts.make(cut))
         answer = auditor.answer()
         assert not answer.problem, f"{cut} of {cuts.keep()}: {answer.problem}"
-        if not answer.read_only:
+        if answer.behind:
             found.append(cut)
             if len(found) == count:
                 break
@@ -302,3 +311,173 @@ def test_cuts_of_a_disk_that_fails(
     cuts = Cuts(recording, scratch)
     assert marks_of(cuts)["refused"] > 3, "there was hardly any trouble"
     cuts.check(auditor, cuts.choose(pick, 60))
+
+
+def one_dies(glob: str) -> Trouble:
+    """Flushes fail until the first process dies of it."""
+
+    def trouble(run: Run) -> None:
+        wait_until_open(run)
+        while run.children[0].alive() and run.playing():
+            run.disk.fail("sync", glob=glob)
+            time.sleep(0.01)
+            run.disk.heal()
+        run.killed.add(0)
+
+    return trouble
+
+
+def victim(accident: str, mutant: str = "", seed: int = 1) -> Callable[[Path], list[Order]]:
+    """Two processes, of which the first one has an accident."""
+    make = orders(2, 2, 60, mix=ONE_BY_ONE, seed=seed)
+
+    def make_both(disk: Path) -> list[Order]:
+        first, second = make(disk)
+        return [replace(first, mutant=accident), replace(second, mutant=mutant)]
+
+    return make_both
+
+
+ACCIDENTS_AT = {
+    "dies_when_the_index_is_not_flushed": INDEX,
+    "dies_when_memory_is_not_flushed": MEMORY,
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_cuts_after_a_process_died_of_a_failed_flush(
+    accident: str, tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
+) -> None:
+    trouble = one_dies(ACCIDENTS_AT[accident])
+    cuts = Cuts(record(tmp_path / "disk", victim(accident), trouble), scratch)
+    cuts.check(auditor, cuts.choose(pick, 50))
+
+
+# -- what the test is worth -----------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """How a mutant is to be caught: by cuts at some kinds of places of some recording.
+
+    `role` says who is the mutant: the processes that play, the one that opens what a cut left, or
+    those that recover from a cut on a disk which is then cut again.
+    """
+
+    role: str = "plays"
+    make: Callable[..., Callable[[Path], list[Order]]] = partial(orders, 1, 2, 50)
+    trouble: Trouble | None = None
+    kinds: tuple[str, ...] = ()
+    fault: Fault = no_fault
+
+    def recordings(self, name: str, auditor: Auditor, scratch: Path) -> Iterator[Recording]:
+        """Record until the mutant is caught. AssertionError when it was already while playing."""
+        mutant = {"mutant": name} if self.role == "plays" else {}
+        with tempfile.TemporaryDirectory(prefix="everpool-") as folder:
+            for number in range(RECORDINGS):
+                here = Path(folder) / str(number)
+                made = record(here / "first", self.make(seed=number, **mutant), self.trouble)
+                if self.role != "recovers":
+                    yield made
+                    continue
+                cuts = Cuts(made, scratch)
+                for cut in unfinished(cuts, auditor, random.Random(number), 3):
+                    yield recover(here / str(cut.position), cuts, cut, self.fault, name)
+
+
+ANSWERS = ("done", "refused")
+CASES = {
+    "no_fsync": Case(kinds=ANSWERS),
+    "bulk_files_not_flushed": Case(kinds=ANSWERS),
+    "folders_not_flushed": Case(kinds=ANSWERS),
+    "staging_not_flushed": Case(kinds=ANSWERS),
+    "folders_not_flushed_with_memory": Case(kinds=ANSWERS),
+    "memory_files_not_flushed": Case(kinds=ANSWERS),
+    "sizes_of_unwritten_memory_not_flushed": Case(kinds=ANSWERS),
+    "ring_not_written": Case(kinds=ANSWERS),
+    "ring_of_one_slot": Case(kinds=("sync of index", "write to index")),
+    "index_not_flushed": Case(kinds=ANSWERS),
+    "large_entries_not_flushed": Case(make=partial(orders, 1, 2, 40, mix=LARGE_MIX), kinds=ANSWERS),
+    "memory_before_index": Case(
+        make=partial(orders, 1, 2, 50, mix=SMALL_MIX), kinds=("write to memory",)
+    ),
+    "trimmed_before_flush": Case(kinds=ANSWERS),
+    "trimmed_by_unflushed_mark": Case(
+        make=partial(orders, 1, 1, 80, mix=FLUSHING_MIX, kept_versions=2),
+        kinds=("names in values", "done"),
+    ),
+    "marker_before_folders": Case(make=partial(orders, 1, 1, 0), kinds=("creation",)),
+    "failed_entry_stays_in_ring": Case(
+        make=partial(orders, 2, 2, 40, mix=SMALL_MIX), trouble=failing(INDEX), kinds=("refused",)
+    ),
+    "meta_pages_not_written_again": Case(
+        make=partial(orders, 2, 2, 60, mix=SMALL_MIX), trouble=failing(INDEX, most=1)
+    ),
+    "nothing_mended": Case(
+        make=partial(orders, 2, 2, 40, mix=SMALL_MIX), trouble=failing(INDEX), kinds=("refused",)
+    ),
+    "outcome_told_too_early": Case(
+        make=partial(orders, 2, 2, 40, mix=ONE_BY_ONE), trouble=failing(INDEX)
+    ),
+    "one_id_for_a_batch": Case(make=partial(orders, 1, 4, 40, mix=ONE_BY_ONE), trouble=failing(INDEX)),
+    "ids_used_again": Case(make=partial(orders, 1, 3, 40, mix=SMALL_MIX), trouble=failing(INDEX)),
+    "files_of_failed_commits_stay": Case(
+        make=partial(orders, 1, 3, 60, mix=ONE_BY_ONE), trouble=failing(INDEX, most=1)
+    ),
+    "memory_not_written_again": Case(
+        make=partial(orders, 2, 2, 60, mix=FLUSHING_MIX), trouble=failing(MEMORY)
+    ),
+    "failed_flush_kept_secret": Case(
+        make=partial(orders, 2, 2, 60, mix=FLUSHING_MIX), trouble=failing(MEMORY)
+    ),
+    "dead_writers_index_not_mended": Case(
+        make=partial(victim, "dies_when_the_index_is_not_flushed"), trouble=one_dies(INDEX)
+    ),
+    "boot_ignored": Case("opens", kinds=ANSWERS),
+    "ring_not_played": Case("opens", kinds=ANSWERS),
+    "ring_adds_twice": Case("opens", partial(orders, 1, 2, 50, mix=COUNTING_MIX), kinds=ANSWERS),
+    "tail_not_played": Case("opens", kinds=ANSWERS),
+    "swept_too_early": Case("opens", kinds=ANSWERS),
+    "nothing_swept": Case("opens"),
+    "trimmed_files_come_back": Case("opens", kinds=("done", "names in values")),
+    "read_only_without_ring": Case("opens", kinds=ANSWERS),
+    "trusted_before_replay": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),
+    "failed_replay_forgotten": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),
+}
+RECORDINGS, CUTS_OF_EACH = 3, 80
+
+
+def test_every_mutant_has_a_case() -> None:
+    assert CASES.keys() == MUTANTS.keys()
+    assert ACCIDENTS_AT.keys() == ACCIDENTS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mutant_is_caught(
+    name: str, auditor: Auditor, scratch: Path, pick: random.Random
+) -> None:
+    case = CASES[name]
+    checked, problem = 0, ""
+    with Auditor(name) if case.role == "opens" else contextlib.nullcontext(auditor) as judge:
+        try:
+            for recording in case.recordings(name, auditor, scratch):
+                cuts = Cuts(recording, scratch)
+                problem = caught(cuts, judge, cuts.choose(pick, CUTS_OF_EACH, case.kinds), pick)
+                checked += cuts.checked
+                if problem:
+                    break
+        except AssertionError as failed:
+            problem = f"while it played: {failed}"
+    print(f"{name}: {checked} cuts: {problem[-300:]}")
+    assert problem, f"{name} was not caught by {checked} cuts"
+    for broken in ("AttributeError", "TypeError", "NameError"):
+        assert broken not in problem, f"the mutant itself does not work: {problem}"
+
+
+def caught(cuts: Cuts, auditor: Auditor, chosen: list[Cut], pick: random.Random) -> str:
+    """What is wrong with the first cut that fails, in an order of chance, more or less."""
+    pick.shuffle(chosen)
+    for start in range(0, len(chosen), 10):
+        failed = cuts.first_failure(auditor, sorted(chosen[start : start + 10]), thorough_every=0)
+        if failed is not None:
+            return failed[1]
+    return ""

@@ -199,6 +199,8 @@ class Engine:
 generation: int = 0
 _engines: dict[tuple[int, int, bool], Engine] = {}
 _mutex = threading.Lock()
+# Held while a pool that was inherited opens itself again.
+switching = threading.Lock()
 # A forked child keeps its parent's engines here: freeing them would close the parent's files.
 _inherited: list[Engine] = []
 
@@ -243,8 +245,9 @@ def release(engine: Engine) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _mutex, generation
+    global _mutex, switching, generation
     _mutex = threading.Lock()
+    switching = threading.Lock()
     generation += 1
     reset_after_fork()
     for engine in _engines.values():

@@ -99,11 +99,17 @@ class Pool(MutableMapping[str, Any]):
             raise ClosedError(f"the pool {self.path} is closed: open it again")
         engine = self._engine
         if engine.generation != embedded.generation:
-            self._engine = engine = embedded.acquire(
-                self.path, create=False, read_only=self._read_only, timeout_s=self._timeout_s
-            )
-            self._process = os.getpid()
+            engine = self._open_again()
         return engine
+
+    def _open_again(self) -> Engine:
+        with embedded.switching:
+            if self._engine.generation != embedded.generation:
+                self._engine = embedded.acquire(
+                    self.path, create=False, read_only=self._read_only, timeout_s=self._timeout_s
+                )
+                self._process = os.getpid()
+            return self._engine
 
     def writing_engine(self) -> Engine:
         """Return the engine for a change; raises `InvalidError` when open read-only."""

@@ -51,10 +51,15 @@ class Job(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """What was found: `problem` is empty when all is well."""
+    """What was found: `problem` is empty when all is well.
+
+    `read_only` says whether the pool could be read before it was opened for writing, `behind`
+    whether it could not even be opened, since its newest commit was in the ring only.
+    """
 
     problem: str = ""
     read_only: bool = False
+    behind: bool = False
 
 
 class Look(msgspec.Struct):
@@ -92,8 +97,7 @@ def audit(job: Job) -> Answer:
     path = Path(job.path)
     answer = Answer()
     boot()
-    before = look_only(path, job)
-    answer.read_only = before is not None
+    before = look_only(path, job, answer)
     with everpool.open(path, create=not job.created) as pool:
         seen = look(pool)
         if before is not None:
@@ -126,11 +130,15 @@ def boot() -> None:
     os.environ["EVERPOOL_BOOT_ID"] = str(uuid.uuid4())
 
 
-def look_only(path: Path, job: Job) -> Look | None:
+def look_only(path: Path, job: Job, answer: Answer) -> Look | None:
     """Look through a read-only pool; None when it says that it must be opened for writing."""
+    answer.behind = True
     try:
         with everpool.open(path, read_only=True) as pool:
-            return look(pool)
+            answer.behind = False
+            seen = look(pool)
+            answer.read_only = True
+            return seen
     except everpool.UnavailableError as error:
         assert "for writing" in str(error), f"read-only: {error}"
     except (everpool.InvalidError, everpool.NotFoundError) as error:

@@ -6,6 +6,7 @@ A mutant is made in the process that it is to work in, before any pool is opened
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,6 @@ from everpool.commit import Committer
 from everpool.embedded import Engine
 from everpool.replica import bulk, flush, index, layout, ring, shared, writer
 from everpool.replica.bulk import BulkFiles
-from everpool.replica.flush import Flusher
 from everpool.replica.memories import MemoryFiles
 from everpool.replica.ring import Ring
 from everpool.replica.shared import SharedPage
@@ -25,6 +25,8 @@ from everpool.replica.writer import Batch, Flushed, Writer
 
 Mutate = Callable[[], None]
 MUTANTS: dict[str, Mutate] = {}
+# Nothing is missing in these; the process dies in the middle of something.
+ACCIDENTS: dict[str, Mutate] = {}
 
 
 def mutant(mutate: Mutate) -> Mutate:
@@ -32,10 +34,15 @@ def mutant(mutate: Mutate) -> Mutate:
     return mutate
 
 
+def accident(mutate: Mutate) -> Mutate:
+    ACCIDENTS[mutate.__name__] = mutate
+    return mutate
+
+
 def apply_mutant(name: str) -> None:
     """Make this process's everpool the mutant of that name; "" leaves it as it is."""
     if name:
-        MUTANTS[name]()
+        (MUTANTS | ACCIDENTS)[name]()
 
 
 class _Os:
@@ -105,7 +112,7 @@ def sizes_of_unwritten_memory_not_flushed() -> None:
 
 @mutant
 def ring_not_written() -> None:
-    Ring.put = lambda *_: True  # type: ignore[method-assign]
+    Ring.put = _nothing  # type: ignore[method-assign]
 
 
 @mutant
@@ -125,10 +132,9 @@ def index_not_flushed() -> None:
 
 
 @mutant
-def large_entries_flushed_once() -> None:
-    """An entry that does not fit in the ring counts as if it were there."""
-    put = Ring.put
-    Ring.put = lambda *args: put(*args) or True  # type: ignore[method-assign]
+def large_entries_not_flushed() -> None:
+    """The file of an entry that does not fit in the ring may be lost, or empty."""
+    ring.os = _Os(fsync=_nothing)  # type: ignore[assignment]
 
 
 @mutant
@@ -225,7 +231,58 @@ def one_id_for_a_batch() -> None:
 @mutant
 def memory_not_written_again() -> None:
     """After a failed flush of memory the next one is believed."""
-    Writer.redo_flushed = _nothing  # type: ignore[method-assign]
+    Writer.rewrite = _nothing  # type: ignore[method-assign]
+
+
+@mutant
+def dead_writers_index_not_mended() -> None:
+    """A process that died when its flush had failed counts as one that died before it."""
+    recover = Writer.recover
+    mend = Ring.mend
+
+    def recover_without(self: Writer) -> None:
+        page = self._replica.shared
+        if page.trusted() and not page.suspect:
+            Ring.mend = _nothing  # type: ignore[method-assign]
+        try:
+            recover(self)
+        finally:
+            Ring.mend = mend  # type: ignore[method-assign]
+
+    Writer.recover = recover_without  # type: ignore[method-assign]
+
+
+@mutant
+def ids_used_again() -> None:
+    """The next record gets the id of one whose outcome is unknown."""
+    commit_entry = Writer._commit
+
+    def keeping(self: Writer, *args: Any) -> None:
+        session = self._session
+        try:
+            commit_entry(self, *args)
+        except BaseException:
+            self._session = session
+            raise
+
+    Writer._commit = keeping  # type: ignore[method-assign]
+
+
+@mutant
+def files_of_failed_commits_stay() -> None:
+    """What a failed commit made is not removed by the next one."""
+    commit_entry = Writer._commit
+
+    def forgetting(self: Writer, *args: Any) -> None:
+        try:
+            commit_entry(self, *args)
+        except BaseException:
+            page = self._replica.shared
+            if not page.suspect:
+                page.started = page.applied
+            raise
+
+    Writer._commit = forgetting  # type: ignore[method-assign]
 
 
 @mutant
@@ -333,3 +390,35 @@ def failed_replay_forgotten() -> None:
         commit_entry(self, txn, batch, results)
 
     Writer._commit = forgetting  # type: ignore[method-assign]
+
+
+# -- processes that die ---------------------------------------------------------------------------
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@accident
+def dies_when_the_index_is_not_flushed() -> None:
+    """It dies before it can tell anybody that the flush has failed."""
+
+    def put(self: SharedPage, value: int) -> None:
+        if value:
+            _die()
+        self._half_words[14] = value
+
+    SharedPage.suspect = property(SharedPage.suspect.fget, put)  # type: ignore[assignment]
+
+
+@accident
+def dies_when_memory_is_not_flushed() -> None:
+    sync = MemoryFiles.sync
+
+    def fatal(self: MemoryFiles, id: int) -> None:
+        try:
+            sync(self, id)
+        except OSError:
+            _die()
+
+    MemoryFiles.sync = fatal  # type: ignore[method-assign]

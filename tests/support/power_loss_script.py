@@ -40,6 +40,9 @@ FULL_MIX: Mapping[str, int] = {
 }
 # Without pipelines, of which one may be refused and the next not.
 ONE_BY_ONE: Mapping[str, int] = {k: n for k, n in FULL_MIX.items() if k != "pipeline"}
+COUNTING_MIX: Mapping[str, int] = {"own_count": 1, "shared_count": 1}
+FLUSHING_MIX: Mapping[str, int] = {"huge": 2, "word": 2, "flush": 1}
+LARGE_MIX: Mapping[str, int] = {"beyond_ring": 1, "word": 2, "inline": 1}
 # No large files: many commits in little time.
 SMALL_MIX: Mapping[str, int] = {
     k: FULL_MIX[k] for k in ("inline", "delete", "word", "own_count", "shared_count", "mixed")

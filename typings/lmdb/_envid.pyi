@@ -1,3 +1,4 @@
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 env_keys: Callable[[Any, bool], tuple[Any, ...]]

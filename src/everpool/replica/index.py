@@ -20,10 +20,12 @@ bytes and a NUL, which holds a MessagePack map of the rests of such names to the
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -235,7 +237,19 @@ def _let_children_open() -> None:
         _envid.env_keys = env_keys
 
 
+def _never_free_inherited() -> None:
+    """In a forked child: keep the parent's environments for good, also at exit.
+
+    Freeing one would free the parent's reader slots, which lie in a file that both have mapped,
+    and would wait for threads of the parent that do not exist here.
+    """
+    for environment in list(_environments):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+
+
+_environments: weakref.WeakSet[lmdb.Environment] = weakref.WeakSet()
 _let_children_open()
+os.register_at_fork(after_in_child=_never_free_inherited)
 
 
 class Index:
@@ -259,6 +273,7 @@ class Index:
                 create=create,
                 mode=0o666,
             )
+            _environments.add(self.env)
             try:
                 self._prepare(create)
             except BaseException:

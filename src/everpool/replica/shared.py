@@ -42,6 +42,15 @@ _LONGEST_SLEEP_S = 0.05
 _order_lock = threading.Lock()
 
 
+def _renew_order_lock() -> None:
+    """In a forked child: a thread that does not exist here may have held it."""
+    global _order_lock
+    _order_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_order_lock)
+
+
 def boot_id() -> bytes:
     """Return 16 bytes that are the same until this machine boots again."""
     override = os.environ.get("EVERPOOL_BOOT_ID")  # for tests of power loss

@@ -48,7 +48,7 @@ class Session:
         elif sequence not in self.pending:
             return
         elif verdict is Verdict.GAP:
-            self._later(self.world.rng.randint(1, 20), self._send_again)
+            self._close_gap()
         else:
             demand(
                 verdict is not Verdict.DUPLICATE,
@@ -88,6 +88,7 @@ class Session:
         version = self.host.replica.version
         self.id = version.to_bytes(8, "big") + self.world.rng.randbytes(8)
         self._last = 0
+        self._quiet_until = 0
         self._unsent: list[int] = []
         self.pending: dict[int, tuple[Attempt, Settled | None]] = {}
 
@@ -111,6 +112,16 @@ class Session:
             self.world.happened("sent again")
             self._unsent = []
             self._send(sorted(self.pending))
+
+    def _close_gap(self) -> None:
+        """Send again soon, but once for all the records that one gap has voided.
+
+        To answer each of them would void more records behind more gaps, without end.
+        """
+        now = self.world.clock.now
+        if now >= self._quiet_until:
+            self._quiet_until = now + self.world.settings.delay
+            self._later(self.world.rng.randint(1, 20), self._send_again)
 
     def _send(self, sequences: list[int]) -> None:
         rng, replica = self.world.rng, self.host.replica
