@@ -33,6 +33,7 @@ from support.power_loss_script import (
     FULL_MIX,
     LARGE_MIX,
     ONE_BY_ONE,
+    REBUILDING_MIX,
     SMALL_MIX,
 )
 from support.power_loss_workload import POOL, Order
@@ -385,6 +386,8 @@ class Case(NamedTuple):
 
 
 ANSWERS = ("done", "refused")
+FLUSHING = partial(orders, 1, 1, 80, mix=FLUSHING_MIX, kept_versions=0)
+SMALL = partial(orders, 2, 2, 50, mix=SMALL_MIX)
 CASES = {
     "no_fsync": Case(kinds=ANSWERS),
     "bulk_files_not_flushed": Case(kinds=ANSWERS),
@@ -397,32 +400,16 @@ CASES = {
     "ring_of_one_slot": Case(kinds=("sync of index", "write to index")),
     "index_not_flushed": Case(kinds=ANSWERS),
     "large_entries_not_flushed": Case(make=partial(orders, 1, 2, 40, mix=LARGE_MIX), kinds=ANSWERS),
-    "memory_before_index": Case(
-        make=partial(orders, 1, 2, 50, mix=SMALL_MIX), kinds=("write to memory",)
-    ),
+    "memory_before_index": Case(make=SMALL, kinds=("write to memory",)),
     "trimmed_before_flush": Case(kinds=ANSWERS),
-    "trimmed_by_unflushed_mark": Case(
-        make=partial(orders, 1, 1, 80, mix=FLUSHING_MIX, kept_versions=2),
-        kinds=("names in values", "done"),
-    ),
-    "marker_before_folders": Case(make=partial(orders, 1, 1, 0), kinds=("creation",)),
-    "failed_entry_stays_in_ring": Case(
-        make=partial(orders, 2, 2, 40, mix=SMALL_MIX), trouble=failing(INDEX), kinds=("refused",)
-    ),
+    "trimmed_by_unflushed_mark": Case(make=FLUSHING, kinds=("flushed",)),
+    "marker_before_folders": Case(make=partial(orders, 1, 1, 0), kinds=(f"sync of /{POOL}",)),
+    "failed_entry_stays_in_ring": Case(make=SMALL, trouble=failing(INDEX), kinds=("refused",)),
     "meta_pages_not_written_again": Case(
-        make=partial(orders, 2, 2, 60, mix=SMALL_MIX), trouble=failing(INDEX, most=1)
+        make=SMALL, trouble=failing(INDEX, most=1), kinds=("aftermath",)
     ),
-    "nothing_mended": Case(
-        make=partial(orders, 2, 2, 40, mix=SMALL_MIX), trouble=failing(INDEX), kinds=("refused",)
-    ),
-    "outcome_told_too_early": Case(
-        make=partial(orders, 2, 2, 40, mix=ONE_BY_ONE), trouble=failing(INDEX)
-    ),
-    "one_id_for_a_batch": Case(make=partial(orders, 1, 4, 40, mix=ONE_BY_ONE), trouble=failing(INDEX)),
-    "ids_used_again": Case(make=partial(orders, 1, 3, 40, mix=SMALL_MIX), trouble=failing(INDEX)),
-    "files_of_failed_commits_stay": Case(
-        make=partial(orders, 1, 3, 60, mix=ONE_BY_ONE), trouble=failing(INDEX, most=1)
-    ),
+    "nothing_mended": Case(make=SMALL, trouble=failing(INDEX), kinds=("refused",)),
+    "ids_used_again": Case(make=SMALL, trouble=failing(INDEX)),
     "memory_not_written_again": Case(
         make=partial(orders, 2, 2, 60, mix=FLUSHING_MIX), trouble=failing(MEMORY)
     ),
@@ -430,15 +417,22 @@ CASES = {
         make=partial(orders, 2, 2, 60, mix=FLUSHING_MIX), trouble=failing(MEMORY)
     ),
     "dead_writers_index_not_mended": Case(
-        make=partial(victim, "dies_when_the_index_is_not_flushed"), trouble=one_dies(INDEX)
+        make=partial(victim, "dies_when_the_index_is_not_flushed"),
+        trouble=one_dies(INDEX),
+        kinds=("aftermath",),
     ),
     "boot_ignored": Case("opens", kinds=ANSWERS),
     "ring_not_played": Case("opens", kinds=ANSWERS),
-    "ring_adds_twice": Case("opens", partial(orders, 1, 2, 50, mix=COUNTING_MIX), kinds=ANSWERS),
+    "ring_adds_twice": Case(
+        "opens", partial(orders, 1, 1, 80, mix=COUNTING_MIX), kinds=("sync of staging",)
+    ),
     "tail_not_played": Case("opens", kinds=ANSWERS),
     "swept_too_early": Case("opens", kinds=ANSWERS),
     "nothing_swept": Case("opens"),
-    "trimmed_files_come_back": Case("opens", kinds=("done", "names in values")),
+    "swept_files_come_back": Case(
+        "opens", partial(orders, 1, 4, 40, mix=REBUILDING_MIX), failing(INDEX), ("aftermath",)
+    ),
+    "trimmed_files_come_back": Case("opens", FLUSHING, kinds=("flushed", "done")),
     "read_only_without_ring": Case("opens", kinds=ANSWERS),
     "trusted_before_replay": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),
     "failed_replay_forgotten": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),

@@ -35,6 +35,8 @@ from .processes import Child, Failure
 
 END_S = 120
 OUTCOMES = 6
+# For so many operations after a failed sync something may be amiss.
+AFTERMATH = 60
 
 
 class Recording(msgspec.Struct):
@@ -134,7 +136,7 @@ class Promises:
             self.stocked = True
         elif what == "saw":
             self.seen[rest[0]] = rest[1]
-        elif what != "unopened":
+        elif what not in ("unopened", "flushed"):
             actor, at, *facts = rest
             self._note_step(what, actor, int(at), facts)
 
@@ -181,6 +183,7 @@ class Cuts:
         places: dict[str, list[int]] = {"anywhere": list(range(start, len(log) + 1))}
         paths = {1: ""}
         created = self.recording.base is not None
+        wary = 0
         for at, operation in enumerate(log):
             kinds: list[str] = []
             match operation:
@@ -189,8 +192,9 @@ class Cuts:
                         if inode:
                             paths[inode] = f"{paths[folder]}/{os.fsdecode(name)}"
                         kinds = [f"names in {_part_of_pool(paths[folder])}"]
-                case Sync(inode):
+                case Sync(inode, failed=failed):
                     kinds = ["sync", f"sync of {_part_of_pool(paths[inode])}"]
+                    wary = AFTERMATH if failed else wary
                 case Write(inode):
                     kinds = [f"write to {_part_of_pool(paths[inode])}"]
                 case Mark(text):
@@ -198,10 +202,11 @@ class Cuts:
                     created |= kinds == ["created"]
                 case _:
                     pass
-            if at >= start:
-                for kind in kinds if created else ["creation"]:
-                    # Just before what ends a promise, and just behind what makes one.
-                    places.setdefault(kind, []).append(at + isinstance(operation, Mark))
+            kinds += ["creation"] * (not created) + ["aftermath"] * (wary > 0)
+            wary -= 1
+            for kind in kinds if at >= start else ():
+                # Just before what ends a promise, and just behind what makes one.
+                places.setdefault(kind, []).append(at + isinstance(operation, Mark))
         return places
 
     def check(self, auditor: Auditor, cuts: Sequence[Cut]) -> None:

@@ -293,14 +293,15 @@ class Auditor:
     def submit(self, job: Job) -> None:
         if self._child is None:
             self._child = Child(answer_jobs, self._mutant)
-        self._child.send(job)
+        with contextlib.suppress(OSError):  # `answer` will tell
+            self._child.send(job)
 
     def answer(self) -> Answer:
         """The answer to the oldest job that has none yet."""
         assert self._child is not None
         try:
             return self._child.receive(PATIENCE_S)
-        except AssertionError as problem:
+        except (AssertionError, EOFError, OSError) as problem:
             self.close()
             return Answer(f"the audit broke off: {problem}")
 

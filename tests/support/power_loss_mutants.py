@@ -13,7 +13,6 @@ from typing import Any
 
 import lmdb
 
-from everpool import commit
 from everpool.commit import Committer
 from everpool.embedded import Engine
 from everpool.replica import bulk, flush, index, layout, ring, shared, writer
@@ -214,21 +213,6 @@ def nothing_mended() -> None:
 
 
 @mutant
-def outcome_told_too_early() -> None:
-    """`outcome` tells of a commit whose flush failed and was not made up for."""
-    outcome = Engine.outcome
-    Engine.outcome = lambda self, id: (  # type: ignore[method-assign]
-        self._decided(id) or outcome(self, id)
-    )
-
-
-@mutant
-def one_id_for_a_batch() -> None:
-    """All of a batch hear of the first one's id when the outcome is unknown."""
-    commit._error_of_record = lambda error, at: error
-
-
-@mutant
 def memory_not_written_again() -> None:
     """After a failed flush of memory the next one is believed."""
     Writer.rewrite = _nothing  # type: ignore[method-assign]
@@ -266,23 +250,6 @@ def ids_used_again() -> None:
             raise
 
     Writer._commit = keeping  # type: ignore[method-assign]
-
-
-@mutant
-def files_of_failed_commits_stay() -> None:
-    """What a failed commit made is not removed by the next one."""
-    commit_entry = Writer._commit
-
-    def forgetting(self: Writer, *args: Any) -> None:
-        try:
-            commit_entry(self, *args)
-        except BaseException:
-            page = self._replica.shared
-            if not page.suspect:
-                page.started = page.applied
-            raise
-
-    Writer._commit = forgetting  # type: ignore[method-assign]
 
 
 @mutant
@@ -343,6 +310,25 @@ def swept_too_early() -> None:
         recover(self)
 
     Writer.recover = too_early  # type: ignore[method-assign]
+
+
+@mutant
+def swept_files_come_back() -> None:
+    """Files that a failed commit made, and that were swept, are not swept again after a cut."""
+    recover, sweep = Writer.recover, MemoryFiles.sweep
+
+    def recover_without(self: Writer) -> None:
+        skipped = [not self._replica.shared.trusted()]
+
+        def sweep_later(files: MemoryFiles, is_garbage: Any) -> None:
+            if not skipped.pop():
+                sweep(files, is_garbage)
+            skipped.append(False)
+
+        MemoryFiles.sweep = sweep_later  # type: ignore[method-assign]
+        recover(self)
+
+    Writer.recover = recover_without  # type: ignore[method-assign]
 
 
 @mutant

@@ -40,7 +40,8 @@ FULL_MIX: Mapping[str, int] = {
 }
 # Without pipelines, of which one may be refused and the next not.
 ONE_BY_ONE: Mapping[str, int] = {k: n for k, n in FULL_MIX.items() if k != "pipeline"}
-COUNTING_MIX: Mapping[str, int] = {"own_count": 1, "shared_count": 1}
+COUNTING_MIX: Mapping[str, int] = {"own_count": 1, "shared_count": 1, "flush": 1}
+REBUILDING_MIX: Mapping[str, int] = {"rebuild": 2, "inline": 1}
 FLUSHING_MIX: Mapping[str, int] = {"huge": 2, "word": 2, "flush": 1}
 LARGE_MIX: Mapping[str, int] = {"beyond_ring": 1, "word": 2, "inline": 1}
 # No large files: many commits in little time.
@@ -161,9 +162,13 @@ class _Author:
             case "word":
                 return self._word()
             case "huge":
-                return self._store("big", pick.randrange(1 << 18), (1 << 20) + pick.randint(1, 9000))
+                return self._store(
+                    "big", pick.randrange(1 << 18), (1 << 20) + pick.randint(1, 9000)
+                )
             case "beyond_ring":
-                return self._store("big", pick.randrange(1 << 18), RING_BYTES + pick.randrange(4096))
+                return self._store(
+                    "big", pick.randrange(1 << 18), RING_BYTES + pick.randrange(4096)
+                )
             case "own_count":
                 return Operation("add", self._name("ledger"), 0, 8, amount=pick.randint(1, 99))
             case "shared_count":
@@ -206,6 +211,9 @@ class _Author:
 
     def _store(self, where: str, offset: int, size: int) -> Operation:
         return Operation("write", self._name(where), offset, size, self._key())
+
+    def _large_store(self, size: int) -> Operation:
+        return self._store("big", self.random.randrange(1 << 18), size)
 
     def _name(self, rest: str) -> str:
         return f"{self.actor}/{rest}"

@@ -11,6 +11,7 @@ The process itself leaves these:
 
     created                           the pool was made
     unopened KIND                     it could not be opened; it is tried again
+    flushed                           a flush of memory succeeded
     opened                            it is open, with the bank and the counter
     saw ACTOR DIGEST                  what an actor's names held when it was opened
 """
@@ -173,9 +174,8 @@ def look_at(pool: everpool.Pool, actor: str) -> State:
     return found
 
 
-def flush_pool(pool: everpool.Pool) -> None:
-    """Flush the pool; and let the kernel write the shared page, as it does now and then."""
-    pool.engine().flush()
+def write_shared_page(pool: everpool.Pool) -> None:
+    """Do what the kernel does by itself now and then."""
     with contextlib.suppress(OSError):
         descriptor = os.open(pool.path / "shared", os.O_RDWR)
         try:
@@ -243,7 +243,9 @@ class Actor:
 
     def _do(self, step: Step) -> tuple[object, ...]:
         if step.how == "flush":
-            flush_pool(self._pool)
+            self._pool.engine().flush()
+            mark(self._disk, "flushed")
+            write_shared_page(self._pool)
             return ()
         if step.how == "direct":
             self._direct(step.operations[0])

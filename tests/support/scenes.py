@@ -19,6 +19,8 @@ from everpool.replica.index import BULK
 
 LARGE_BYTES = 100_000  # above what lies inline in the index
 STORE_BYTES = (1 << 20) + 5000  # above what a record carries
+ROW_BYTES = 300_000  # above what the ring of newest entries holds
+_ROW_AT = 3 << 20
 ACCOUNTS = 50
 START = 1000
 
@@ -113,6 +115,17 @@ def stored(pool: Any) -> int:
     return number_of(pool.memory("wide").read(8, STORE_BYTES))
 
 
+def write_row(pool: Any) -> None:
+    """Write what makes an entry too large for the ring of newest entries."""
+    with pool.transaction() as tx:
+        memory = tx.memory("wide")
+        memory.write(_ROW_AT, pattern(number_of(memory.read(_ROW_AT, 8)) + 1, ROW_BYTES))
+
+
+def row_written(pool: Any) -> int:
+    return number_of(pool.memory("wide").read(_ROW_AT, ROW_BYTES))
+
+
 def add(pool: Any) -> None:
     """Add to a number that lies across two pages."""
     pool.memory("counter").fetch_add(4092, 1)
@@ -151,6 +164,7 @@ SCENES = {
     "change": Scene(change, changed),
     "put": Scene(put_large, put),
     "store": Scene(store_large, stored),
+    "row": Scene(write_row, row_written),
     "add": Scene(add, added),
 }
 

@@ -6,6 +6,7 @@ that is closed: no child outlives the benchmark.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import mmap
@@ -25,6 +26,9 @@ import numpy as np
 import everpool
 from everpool.bench.contenders import LMDB_MAP_BYTES, open_store
 from everpool.bench.servers import RedisClient, dying_with_us
+
+PIECE_BYTES = 1 << 20
+SYNC_FILE_RANGE: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 
 class Child:
@@ -198,19 +202,32 @@ def bulk_memory(kind: str, folder: str, size: str) -> None:
     else:
         path = Path(folder) / "file"
         path.parent.mkdir(parents=True)
-        with open(path, "wb", buffering=0) as file:
-            write_all(file.fileno(), source.data.cast("B"))
-            os.fsync(file.fileno())
+        write_file(path, source.data.cast("B"))
     say({"bytes": max(memory_bytes("VmHWM") - before, 1)})
     if pool is not None:
         pool.close()
 
 
-def write_all(fd: int, data: memoryview) -> None:
-    """Write every byte, in calls as large as the kernel takes."""
-    done = 0
-    while done < len(data):
-        done += os.write(fd, data[done:])
+def write_file(path: Path, data: memoryview, early: bool = False) -> None:
+    """Write a new file, 1 MiB at a time, and flush it.
+
+    With `early` the kernel is told to start writing to the disk while more is being copied, which
+    Linux alone can.
+    """
+    with open(path, "xb", buffering=0) as file:
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            while piece:
+                piece = piece[file.write(piece) or 0 :]
+            if early and start // PIECE_BYTES % 8 == 7:
+                begun = start + PIECE_BYTES - 8 * PIECE_BYTES
+                SYNC_FILE_RANGE(
+                    file.fileno(),
+                    ctypes.c_int64(begun),
+                    ctypes.c_int64(8 * PIECE_BYTES),
+                    ctypes.c_uint(2),  # SYNC_FILE_RANGE_WRITE
+                )
+        os.fsync(file.fileno())
 
 
 def map_file(path: Path, size: int) -> mmap.mmap:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from everpool.bench.children import Child, write_all
+from everpool.bench.children import SYNC_FILE_RANGE, Child, write_file
 from everpool.bench.contenders import AppendFile, EverpoolStore, LmdbStore, RedisStore, Store
 from everpool.bench.lab import (
     GIB,
@@ -239,9 +239,9 @@ def bulk_write(lab: Lab) -> Iterator[Contender]:
     source = np.full(size // 8, 7.0)
     data = source.data.cast("B")
 
-    def per_byte(write: Callable[[], Any], remove: Callable[[Any], None]) -> float:
+    def per_byte(act: Callable[[], Any], remove: Callable[[Any], None]) -> float:
         started = time.perf_counter()
-        written = write()
+        written = act()
         spent = time.perf_counter() - started
         remove(written)
         del written
@@ -249,14 +249,18 @@ def bulk_write(lab: Lab) -> Iterator[Contender]:
         _flush_folder(lab)
         return spent / size
 
-    def write_file() -> Any:
+    def write(early: bool) -> Any:
         path = lab.path("bulk")
-        with open(path, "wb", buffering=0) as file:
-            write_all(file.fileno(), data)
-            os.fsync(file.fileno())
+        write_file(path, data, early)
         return path
 
-    yield Contender("file write + fsync", "limit", lambda: per_byte(write_file, os.unlink))
+    yield Contender(
+        "file write + fsync", "limit", lambda: per_byte(lambda: write(False), os.unlink)
+    )
+    if SYNC_FILE_RANGE is not None:
+        yield Contender(
+            "the same, begun early", "peer", lambda: per_byte(lambda: write(True), os.unlink)
+        )
     if ray := lab.ray(size):
         # Ray frees an object when its last reference goes, which `per_byte` sees to.
         yield Contender(

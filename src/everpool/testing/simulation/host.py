@@ -58,10 +58,13 @@ class Session:
             self._settle(sequence, Outcome(ended, decided.version, int(verdict), decided.results))
 
     def look_up(self) -> None:
-        """Settle what was decided in a part of the log that the host has not seen."""
+        """Settle what was decided in a part of the log that the host has not seen.
+
+        A record that is fenced but not decided must still be sent: its successors wait for it.
+        """
         for sequence in sorted(self.pending):
             outcome = self.host.replica.outcome(RecordId(self.id, sequence))
-            if outcome.state != "undecided":
+            if outcome.version or outcome.state == "expired":
                 self._settle(sequence, outcome)
 
     def _settle(self, sequence: int, outcome: Outcome) -> None:
@@ -128,6 +131,7 @@ class Session:
         while sequences:
             size = rng.randint(1, 3)
             packed, sequences = sequences[:size], sequences[size:]
+            assert packed == list(range(packed[0], packed[0] + len(packed))), "a gap of our own"
             records = [self.pending[sequence][0].record for sequence in packed]
             self.world.send(
                 encode_entry(Entry(self.id, packed[0], replica.position, replica.hash, records))
