@@ -18,6 +18,7 @@ from everpool.memory import Array, Memory, ValueArray, open_array
 from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, RecordId, check_name
 from everpool.replica.bulk import Staged
 from everpool.replica.index import INLINE, MEMORY, NameRow
+from everpool.replica.replica import Replica
 from everpool.replica.verify import Report, verify_folder
 from everpool.transaction import Transaction, check_size
 from everpool.watch import Watch
@@ -127,14 +128,14 @@ class Pool(MutableMapping[str, Any]):
             found = cached.get(name, _MISSING)
             if found is not _MISSING:
                 return found
-        found = self._find(check_name(name))
+        found = self._find(check_name(name), replica)
         if found is _MISSING:
             raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
         return found
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return what `name` is bound to, or `default`."""
-        found = self._find(check_name(name))
+        found = self._find(check_name(name), self.engine().replica)
         return default if found is _MISSING else found
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -362,15 +363,14 @@ class Pool(MutableMapping[str, Any]):
             raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
         return row
 
-    def _find(self, name: str) -> Any:
-        replica = self.engine().replica
+    def _find(self, name: str, replica: Replica) -> Any:
         index = replica.index
         with index.read() as txn:
             body = index.inline(txn, name)
             if body is not None:
                 found = values.decode(body, zero_copy=False)
                 if type(found) in _IMMUTABLE and len(body) <= _CACHED_BYTES:
-                    replica.keep(replica.version_of(txn), name, found)
+                    replica.keep(txn, name, found)
                 return found
             row = index.name(txn, name)
             if row is None:

@@ -183,7 +183,7 @@ class Cuts:
         places: dict[str, list[int]] = {"anywhere": list(range(start, len(log) + 1))}
         paths = {1: ""}
         created = self.recording.base is not None
-        wary = 0
+        failed_at = -AFTERMATH
         for at, operation in enumerate(log):
             kinds: list[str] = []
             match operation:
@@ -194,7 +194,7 @@ class Cuts:
                         kinds = [f"names in {_part_of_pool(paths[folder])}"]
                 case Sync(inode, failed=failed):
                     kinds = ["sync", f"sync of {_part_of_pool(paths[inode])}"]
-                    wary = AFTERMATH if failed else wary
+                    failed_at = at if failed else failed_at
                 case Write(inode):
                     kinds = [f"write to {_part_of_pool(paths[inode])}"]
                 case Mark(text):
@@ -202,12 +202,12 @@ class Cuts:
                     created |= kinds == ["created"]
                 case _:
                     pass
-            kinds += ["creation"] * (not created) + ["aftermath"] * (wary > 0)
-            wary -= 1
+            kinds += ["creation"] * (not created) + ["aftermath"] * (at < failed_at + AFTERMATH)
             for kind in kinds if at >= start else ():
                 # Just before what ends a promise, and just behind what makes one.
                 places.setdefault(kind, []).append(at + isinstance(operation, Mark))
-        return places
+        last = [at for at in places.get("aftermath", ()) if at >= failed_at]
+        return places | ({"last aftermath": last} if last else {})
 
     def check(self, auditor: Auditor, cuts: Sequence[Cut]) -> None:
         """Make and audit the cuts, in order. AssertionError for the first that fails."""

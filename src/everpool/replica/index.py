@@ -56,6 +56,7 @@ _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
 _STATE, _SESSIONS, _MEMORIES, _BLOCKS, _NAMES, _TAIL = b"0", b"1", b"2", b"3", b"4", b"5"
 _NAME = struct.Struct("<BQQQ")
 _MEMORY = struct.Struct("<QQ")
+_CHECKSUM = struct.Struct("<Q")
 _LONG_NAME_BYTES = 500
 _SCAN_ROWS = 8192
 
@@ -180,7 +181,9 @@ def translate(error: lmdb.Error, doing: str) -> EverpoolError:
     if isinstance(error, (lmdb.MapFullError, lmdb.DiskError)) or "No space left" in text:
         return UnavailableError(f"{doing}: the disk is full: free some space and try again")
     if isinstance(error, lmdb.ReadersFullError):
-        return UnavailableError(f"{doing}: more than {_MAX_READERS} threads read the pool at once")
+        return UnavailableError(
+            f"{doing}: more than {_MAX_READERS} threads read the pool at once: try again later"
+        )
     damage = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError)
     if isinstance(error, (*damage, lmdb.VersionMismatchError)):
         return CorruptionError(
@@ -188,7 +191,7 @@ def translate(error: lmdb.Error, doing: str) -> EverpoolError:
         )
     if isinstance(error, lmdb.ReadonlyError) or "ermission denied" in text:
         return InvalidError(f"{doing}: no permission to write: open with read_only=True")
-    return UnavailableError(f"{doing}: {text}")
+    return UnavailableError(f"{doing}: {text}: try again, or open the pool again")
 
 
 def translate_os(error: OSError, doing: str) -> EverpoolError:
@@ -203,7 +206,7 @@ def translate_os(error: OSError, doing: str) -> EverpoolError:
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return UnavailableError(f"{doing}{where}: {text}: raise the limit with `ulimit -n`")
-    return UnavailableError(f"{doing}{where}: {text}")
+    return UnavailableError(f"{doing}{where}: {text}: try again once that is mended")
 
 
 def _reads(env: lmdb.Environment) -> bool:
@@ -341,13 +344,13 @@ class Index:
     def inline(self, txn: lmdb.Transaction, name: str) -> memoryview | None:
         """Return the body of a short name's inline value; None when `name` has to tell."""
         key = _NAMES + name.encode()
-        row = None if len(key) > _LONG_NAME_BYTES else txn.get(key)
+        row = txn.get(key) if len(key) <= _LONG_NAME_BYTES else None
         if row is None or row[0] != INLINE:
             return None
-        body = row[:-8]
-        if xxh3_64_intdigest(body, xxh3_64_intdigest(key)) != int.from_bytes(row[-8:], "little"):
+        at = len(row) - 8
+        if xxh3_64_intdigest(row[:at], xxh3_64_intdigest(key)) != _CHECKSUM.unpack_from(row, at)[0]:
             return None
-        return body[_NAME.size :]
+        return row[_NAME.size : at]
 
     def put_name(self, txn: lmdb.Transaction, name: str, row: NameRow) -> None:
         whole = _NAMES + name.encode()

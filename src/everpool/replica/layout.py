@@ -11,6 +11,7 @@ staging/          large values that no record names yet
 
 import contextlib
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -29,6 +30,8 @@ _SHARED_BETWEEN_MACHINES = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "lustre", "gpfs", "afs", "beegfs", "ocfs2"}
     | {"gfs2", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "fuse.cephfs", "afpfs", "webdav"}
 )
+# How /proc/self/mountinfo writes blanks, line ends and backslashes.
+_ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 class Marker(msgspec.Struct):
@@ -160,7 +163,7 @@ def _file_system(folder: Path) -> str:
         best, kind = "", ""
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             before, _, after = line.partition(" - ")
-            point = before.split()[4].encode().decode("unicode_escape")
+            point = _ESCAPED.sub(lambda found: chr(int(found[1], 8)), before.split()[4])
             inside = real == point or real.startswith(point.rstrip("/") + "/")
             if inside and len(point) >= len(best):
                 best, kind = point, after.split()[0]

@@ -106,13 +106,17 @@ class Replica:
                 row = row._replace(body=bytes(row.body))
             return Found(self.version_of(txn), row)
 
-    def keep(self, version: int, name: str, value: Any) -> None:
+    def keep(self, txn: lmdb.Transaction, name: str, value: Any) -> None:
         """Keep an immutable value for readers of the same version."""
-        cached = self.cached
-        if cached[0] != version:
-            cached = self.cached = (version, {})
-        if len(cached[1]) < _CACHED_VALUES:
-            cached[1][name] = value
+        number, version = self._seen
+        if number != txn.id():
+            version = self.version_of(txn)
+        kept, values = self.cached
+        if kept != version:
+            values = dict[str, Any]()
+            self.cached = (version, values)
+        if len(values) < _CACHED_VALUES:
+            values[name] = value
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names under `prefix` in order. Each 8,192 names are of one version."""
