@@ -1,6 +1,6 @@
 """Several processes share a histogram without locks, and one watches them.
 
-    python many_processes.py
+python many_processes.py
 """
 
 import multiprocessing

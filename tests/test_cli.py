@@ -373,9 +373,11 @@ values = st.recursive(
     | st.binary()
     | st.dates()
     | st.datetimes(timezones=st.none() | st.timezones() | st.just(dt.UTC)),
-    lambda inner: st.lists(inner)
-    | st.lists(inner).map(tuple)
-    | st.dictionaries(st.text() | st.just("$everpool"), inner),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.just("$everpool"), inner)
+    ),
     max_leaves=20,
 )
 

@@ -123,7 +123,8 @@ def commit_once(pause: Pause, link: Connection, path: Path, scene: str) -> None:
 
 @traced
 @pytest.mark.parametrize(
-    ("scene", "others"), [("change", 0), ("change", 1), ("put", 1), ("store", 1), ("row", 1), ("add", 1)]
+    ("scene", "others"),
+    [("change", 0), ("change", 1), ("put", 1), ("store", 1), ("row", 1), ("add", 1)],
 )
 def test_killed_at_every_step_of_a_commit(tmp_path: Path, scene: str, others: int) -> None:
     path = make_pool(tmp_path)
@@ -326,7 +327,9 @@ def run_storm(tmp_path: Path, seconds: float, seed: int) -> Weather:
         found = call(storm.audit, path, folder, base, thorough)
         assert found.opened_s < _SLOW_OPENING_S
         base = found.base
-        done = Weather(done.kills + kills, done.blackouts + 1, done.acknowledged + found.acknowledged)
+        done = Weather(
+            done.kills + kills, done.blackouts + 1, done.acknowledged + found.acknowledged
+        )
     with everpool.open(path, create=False) as pool:
         report = pool.verify()
         assert report.ok, report

@@ -637,7 +637,8 @@ def test_closing_under_readers_raises_closed_and_does_not_crash(path: Path) -> N
         lambda pool: [pool.watch(since=0).get(0) for _ in range(2000)],
         bind("x", 1),
     ]
-    everpool.open(path).update({f"name/{number}": [number] * 50 for number in range(2000)})
+    with everpool.open(path) as pool:
+        pool.update({f"name/{number}": [number] * 50 for number in range(2000)})
     ends: list[str] = []
 
     def repeat(pool: Any, use: Callable[[Any], Any]) -> None:
@@ -876,12 +877,12 @@ def test_verify_gives_no_false_alarm_after_a_late_flush(path: Path) -> None:
 
     def sync(self: Flusher) -> Any:
         flushed = whole(self)
+        Flusher.sync = whole
         elsewhere(path, overtake, timeout_s=0.2)
         return flushed
 
     Flusher.sync = sync
     pool.engine().flush()
-    Flusher.sync = whole
     for number in range(3):
         pool["x"] = number
     assert pool.verify().ok

@@ -419,7 +419,7 @@ CASES = {
     "dead_writers_index_not_mended": Case(
         make=partial(victim, "dies_when_the_index_is_not_flushed"),
         trouble=one_dies(INDEX),
-        kinds=("last aftermath",),
+        kinds=("first syncs after trouble",),
     ),
     "boot_ignored": Case("opens", kinds=ANSWERS),
     "ring_not_played": Case("opens", kinds=ANSWERS),
@@ -437,7 +437,7 @@ CASES = {
     "trusted_before_replay": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),
     "failed_replay_forgotten": Case("recovers", kinds=AFTER_OPENING, fault=second_flush),
 }
-RECORDINGS, CUTS_OF_EACH = 3, 80
+RECORDINGS, CUTS_OF_EACH = 8, 40
 
 
 def test_every_mutant_has_a_case() -> None:

@@ -206,8 +206,8 @@ class Cuts:
             for kind in kinds if at >= start else ():
                 # Just before what ends a promise, and just behind what makes one.
                 places.setdefault(kind, []).append(at + isinstance(operation, Mark))
-        last = [at for at in places.get("aftermath", ()) if at >= failed_at]
-        return places | ({"last aftermath": last} if last else {})
+        later = [at for at in places.get("sync of index", ()) if at > failed_at >= 0]
+        return places | ({"first syncs after trouble": later[:3]} if later else {})
 
     def check(self, auditor: Auditor, cuts: Sequence[Cut]) -> None:
         """Make and audit the cuts, in order. AssertionError for the first that fails."""

@@ -295,7 +295,9 @@ def _audit_books(pool: Any, read: _Read, base: Base) -> list[int]:
         replayed[taker] += amount
     assert balances.tolist() == replayed.tolist(), "the balances are not what the books say"
     for writer in range(WRITERS):
-        kept = {int(name.rpartition("/")[2]) for name in books if name.startswith(f"books/{writer}/")}
+        kept = {
+            int(name.rpartition("/")[2]) for name in books if name.startswith(f"books/{writer}/")
+        }
         _check_set(f"books/{writer}", kept, read["move", writer])
     return balances.tolist()
 

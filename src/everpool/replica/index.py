@@ -204,6 +204,8 @@ def translate_os(error: OSError, doing: str) -> EverpoolError:
         return InvalidError(
             f"{doing}{where}: {text}: open with read_only=True, or change the permissions"
         )
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return InvalidError(f"{doing}{where}: {text}: choose another path")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return UnavailableError(f"{doing}{where}: {text}: raise the limit with `ulimit -n`")
     return UnavailableError(f"{doing}{where}: {text}: try again once that is mended")
@@ -264,24 +266,35 @@ class Index:
         with translated(f"opening the index in {folder}"):
             if not read_only:
                 _reserve_lock_file(folder / "lock.mdb")
-            self.env = lmdb.open(
-                os.fspath(folder),
-                map_size=_MAP_BYTES,
-                max_readers=_MAX_READERS,
-                max_spare_txns=64,
-                readonly=read_only,
-                readahead=False,
-                metasync=False,  # the ring makes up for it
-                meminit=False,
-                create=create,
-                mode=0o666,
-            )
+            self.env = self._open(folder, create)
             _environments.add(self.env)
             try:
                 self._prepare(create)
             except BaseException:
                 self.env.close()
                 raise
+
+    def _open(self, folder: Path, create: bool) -> lmdb.Environment:
+        try:
+            return lmdb.open(
+                os.fspath(folder),
+                map_size=_MAP_BYTES,
+                max_readers=_MAX_READERS,
+                max_spare_txns=64,
+                readonly=self.read_only,
+                readahead=False,
+                metasync=False,  # the ring makes up for it
+                meminit=False,
+                create=create,
+                mode=0o666,
+            )
+        except lmdb.Error as error:
+            if not self.read_only or "ermission denied" not in str(error):
+                raise
+            raise InvalidError(
+                f"no permission to read {folder}: reading takes permission to read all files, and "
+                "to write lock.mdb, in which readers enter themselves: change the permissions"
+            ) from error
 
     def _prepare(self, create: bool) -> None:
         if not self.read_only:
