@@ -235,12 +235,12 @@ def many_threads_on_full(disk: Disk) -> None:
         pool.allocate("hole", _HOLE_BYTES)
         for number in range(20):
             pool[f"small/{number}"] = bytes(200)
-        disk.fill(20)
+        disk.fill(200)
         futures = []
         for number in range(20):
             with pool.transaction(wait=False) as tx:
                 if number % 5 == 4:
-                    tx.memory("hole").write(number << 20, bytes(500_000))
+                    tx.memory("hole").write(number << 22, bytes(3 << 20))
                 else:
                     tx[f"small/{number}"] = pattern(number, 8)
             futures.append(tx.committed)

@@ -410,11 +410,11 @@ def test_a_future_cannot_be_cancelled(path: Path) -> None:
     assert pool.sync() == tx.committed.result(5)
 
 
-@pytest.mark.parametrize("what", ["commit", "sync"])
+@pytest.mark.parametrize("what", ["commit", "sync", "close"])
 @own_process
 def test_a_callback_that_commits_is_refused(path: Path, what: str) -> None:
     pool = everpool.open(path)
-    use = {"commit": lambda: bind("b", 1)(pool), "sync": pool.sync}[what]
+    use = {"commit": lambda: bind("b", 1)(pool), "sync": pool.sync, "close": pool.close}[what]
     raised: list[BaseException] = []
 
     def callback(_: object) -> None:
@@ -911,3 +911,14 @@ def test_memory_that_another_process_deleted_is_let_go_of(path: Path) -> None:
     descriptors = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
     targets = [os.readlink(path) for path in descriptors if path.is_symlink()]
     assert not [target for target in targets if "/memory/1" in target]
+
+
+@own_process
+def test_a_large_value_replaced_in_its_transaction_leaves_no_file(path: Path) -> None:
+    pool = everpool.open(path)
+    with pool.transaction() as tx:
+        tx["a"] = bytes(1 << 17)
+        tx["a"] = b"x" * (1 << 17)
+    assert pool["a"] == b"x" * (1 << 17)
+    assert len(list((path / "values").iterdir())) == 1
+    assert not list((path / "staging").iterdir())

@@ -30,7 +30,7 @@ from everpool.records import (
     encode_entry,
 )
 
-ROUNDS = 200_000 if os.environ.get("EVERPOOL_SOAK") else 6_000
+ROUNDS = 200_000 if os.environ.get("EVERPOOL_SOAK") == "1" else 6_000
 HEADER_BYTES = 64
 SESSION = bytes(range(16))
 

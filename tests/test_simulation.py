@@ -14,7 +14,7 @@ from everpool.testing.simulation import Settings, Violation, simulate
 from everpool.verdict import Judge
 from support import mutants
 
-SOAK = bool(os.environ.get("EVERPOOL_SOAK"))
+SOAK = os.environ.get("EVERPOOL_SOAK") == "1"
 SEEDS = 20_000 if SOAK else 160
 CHUNK = 500 if SOAK else 40
 EVENTS = {

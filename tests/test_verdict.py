@@ -44,7 +44,7 @@ from everpool.verdict import (
 )
 from support.naive_rule import NaiveRule
 
-LOGS = 4000 if os.environ.get("EVERPOOL_SOAK") else 250
+LOGS = 4000 if os.environ.get("EVERPOOL_SOAK") == "1" else 250
 ONE = Put("one", b"")
 ADD = FetchAdd(1, 0, "<i8", bytes(8))
 

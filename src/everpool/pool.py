@@ -30,6 +30,8 @@ _LOOKUP_TRIES = 20
 _MISSING = object()
 _IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
 _CACHED_BYTES = 4096
+# What the encoding of every bytes value begins with: the bytes follow.
+_BYTES_HEADER = values.encode(b"").tobytes()
 
 
 class Outcome(NamedTuple):
@@ -87,11 +89,12 @@ class Pool(MutableMapping[str, Any]):
     def close(self) -> None:
         """Wait for what was pipelined and close. Views and arrays that are in use live on."""
         if not self._closed:
-            self._closed = True
             engine = self._engine
-            if self._process == os.getpid():
-                if engine.committer is not None:
-                    engine.committer.drain()
+            ours = self._process == os.getpid()
+            if ours and engine.committer is not None:
+                engine.committer.drain()
+            self._closed = True
+            if ours:
                 embedded.release(engine)
 
     def engine(self) -> Engine:
@@ -368,7 +371,10 @@ class Pool(MutableMapping[str, Any]):
         with index.read() as txn:
             body = index.inline(txn, name)
             if body is not None:
-                found = values.decode(body, zero_copy=False)
+                plain = body[: len(_BYTES_HEADER)] == _BYTES_HEADER
+                found = (
+                    body[len(_BYTES_HEADER) :] if plain else values.decode(body, zero_copy=False)
+                )
                 if type(found) in _IMMUTABLE and len(body) <= _CACHED_BYTES:
                     replica.keep(txn, name, found)
                 return found

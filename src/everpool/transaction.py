@@ -23,6 +23,7 @@ from everpool.records import (
     Put,
     Record,
     RecordId,
+    Reference,
     Write,
     check_name,
 )
@@ -110,6 +111,14 @@ class Transaction(MutableMapping[str, Any]):
         self._submission = engine.write(record, self._staged)
         self._submission.version()
 
+    def _discard_file(self, file: str) -> None:
+        """Delete a stored value that this transaction put and replaced."""
+        for staged in self._staged:
+            if staged.reference.file == file:
+                self._staged.remove(staged)
+                self._engine.replica.bulk.discard(staged)
+                return
+
     def _discard(self) -> None:
         for staged in self._staged:
             with contextlib.suppress(OSError):
@@ -177,6 +186,8 @@ class Transaction(MutableMapping[str, Any]):
             self._staged.append(staged)
         self._own[name] = _Own(payload, None)
         at = self._put_at.get(name)
+        if own is not None and isinstance(own.payload, Reference):
+            self._discard_file(own.payload.file)
         if at is None:
             self._put_at[name] = len(self._operations)
             self._operations.append(Put(name, payload))

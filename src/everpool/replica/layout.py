@@ -43,7 +43,8 @@ class Marker(msgspec.Struct):
 
 def is_pool(folder: Path) -> bool:
     """Whether a finished pool lies in `folder`."""
-    return (folder / MARKER).exists()
+    with translated(f"opening {folder}"):
+        return (folder / MARKER).exists()
 
 
 def read_marker(folder: Path) -> Marker:
@@ -93,13 +94,18 @@ def create_pool(folder: Path, timeout_s: float) -> None:
             )
         _make_folder(folder)
         lock = lock_at(folder / "lock")
-        if not lock.acquire(timeout_s):
-            raise UnavailableError(f"another process has been creating {folder} for long")
         try:
-            if not is_pool(folder):
-                _fill(folder)
+            if not lock.acquire(timeout_s):
+                raise UnavailableError(
+                    f"another process has been creating {folder} for {timeout_s:g} s: try again"
+                )
+            try:
+                if not is_pool(folder):
+                    _fill(folder)
+            finally:
+                lock.release()
         finally:
-            lock.release()
+            lock.close()
 
 
 def _fill(folder: Path) -> None:

@@ -28,15 +28,17 @@ _FLUSHER_POLL_S = 0.01
 
 
 def lock_at(path: Path) -> "WriterLock":
-    """Return this process's end of the lock in the file `path`: one for each file, for good.
+    """Return this process's end of the lock in the file `path`, of which there is one for each
+    file: closing any descriptor of the file would free the lock for the whole process.
 
-    Closing any descriptor of the file would free the lock for the whole process.
+    Pair it with `close`.
     """
     with _mutex:
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(path)
             known = _locks.get((status.st_dev, status.st_ino))
             if known is not None:
+                known.users += 1
                 return known
         lock = WriterLock(path)
         status = os.fstat(lock.fileno())
@@ -66,6 +68,19 @@ class WriterLock:
         self._mutex = threading.Lock()
         self._waiter: _Waiter | None = None
         self._held = False
+        self.users = 1
+
+    def close(self) -> None:
+        """Give this end back; the last user closes the file."""
+        with _mutex, self._mutex:
+            self.users -= 1
+            if self.users or self._waiter is not None:
+                return  # a thread that waits in the kernel has the descriptor in use
+            for key, known in list(_locks.items()):
+                if known is self:
+                    del _locks[key]
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def acquire(self, timeout_s: float) -> bool:
         """Take the lock; returns False when another process kept it for `timeout_s`."""

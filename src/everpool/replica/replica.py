@@ -68,6 +68,8 @@ class Replica:
         """Close what can be closed; mappings that are in use live on."""
         self.memories.close()
         self.index.close()
+        if self.lock is not None:
+            self.lock.close()
 
     # Versions
 
