@@ -418,9 +418,14 @@ def open_pool(
     the path cannot be a pool, `CorruptionError` when it is damaged.
     """
     try:
-        folder = Path(os.fsdecode(os.fspath(path))).absolute()
+        given = os.fsdecode(os.fspath(path))
     except TypeError:
-        raise InvalidError(f"{path!r} is no path") from None
+        given = ""
+    if not given or "\0" in given:
+        raise InvalidError(f"{path!r} is no path: give the folder of a pool")
+    folder = Path(given).absolute()
+    if "\0" in os.fspath(folder):
+        raise InvalidError(f"{path!r} is no path: it holds a NUL")
     if isinstance(path, str) and "://" in path:
         raise InvalidError(f"{path!r} is a URL: this version opens pools at a path")
     return Pool(folder, create=create and not read_only, read_only=read_only, timeout_s=timeout_s)

@@ -5,6 +5,7 @@ full disk as an error where a store into a mapping would kill the process.
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -51,27 +52,39 @@ class MemoryFiles:
         finally:
             os.close(descriptor)
 
-    def reserve(self, id: int, offset: int, size: int) -> None:
-        """Make sure that there is room on the disk for these bytes, whatever they are now."""
+    def reserve(self, id: int, offset: int, size: int) -> list[tuple[int, int]]:
+        """Make sure that there is room on the disk for these bytes, whatever they are now.
+
+        Returns the holes that were filled for it, for `give_back`.
+        """
         first, last = offset >> _PAGE_SHIFT, (offset + size - 1) >> _PAGE_SHIFT
         known = self._allocated
         small = last - first < 4
         if small and all((id, page) in known for page in range(first, last + 1)):
-            return
+            return []
         start = first << _PAGE_SHIFT
         descriptor = self._descriptor(id)
         limit = os.fstat(descriptor).st_size
         end = min((last + 1) << _PAGE_SHIFT, limit)
+        holes = _holes(descriptor, start, end)
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(descriptor, start, end - start)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    self.give_back(id, holes)
                     raise
         if small:
             if len(known) >= _REMEMBERED_PAGES:
                 known.clear()
             known.update((id, page) for page in range(first, last + 1))
+        return holes
+
+    def give_back(self, id: int, holes: list[tuple[int, int]]) -> None:
+        """Undo `reserve` for an entry that came to nothing: it must not eat up the last room."""
+        self._allocated.clear()  # the id may come to stand for another object
+        for start, end in holes:
+            _punch(self._descriptor(id), start, end - start)
 
     def write(self, id: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store the bytes where every process sees them."""
@@ -183,3 +196,33 @@ class MemoryFiles:
                 if len(descriptors) > _OPEN_FILES:
                     os.close(descriptors.popitem(last=False)[1])
         return descriptor
+
+
+_KEEP_SIZE_AND_PUNCH_HOLE = 3
+_fallocate = getattr(ctypes.CDLL(None), "fallocate", None)
+if _fallocate is not None:
+    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def _holes(descriptor: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Return the parts of a range that take no room on the disk, as far as the system tells."""
+    holes: list[tuple[int, int]] = []
+    with contextlib.suppress(OSError, AttributeError):
+        while start < end:
+            hole = os.lseek(descriptor, start, os.SEEK_HOLE)
+            if hole >= end:
+                break
+            try:
+                start = min(end, os.lseek(descriptor, hole, os.SEEK_DATA))
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                start = end  # no more data in the file
+            holes.append((hole, start))
+    return holes
+
+
+def _punch(descriptor: int, start: int, size: int) -> None:
+    """Make a hole, where the system has such a thing."""
+    if _fallocate is not None:
+        _fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, start, size)

@@ -107,6 +107,9 @@ class Ring:
             while view:
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, 0)  # what came to nothing must not eat up the last room
+            raise
         finally:
             os.close(descriptor)
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)

@@ -111,6 +111,7 @@ class Batch:
         # What this very entry says of a flush is not durable before the next one is.
         self._flushed = state.flushed
         self._created: set[int] = set()
+        self._reserved: list[tuple[int, list[tuple[int, int]]]] = []
         self._pending: PendingStores | None = None
 
     def binding(self, name: str) -> Binding | None:
@@ -228,12 +229,22 @@ class Batch:
             if isinstance(effect, Store):
                 size = payload_size(effect.payload)
                 if size and self.memory[effect.id] is not None:
-                    memories.reserve(effect.id, effect.offset, size)
+                    self._reserve(effect.id, effect.offset, size)
             elif isinstance(effect, Add):
                 if self.memory[effect.id] is not None:
-                    memories.reserve(effect.id, effect.offset, len(effect.delta))
+                    self._reserve(effect.id, effect.offset, len(effect.delta))
             elif isinstance(effect, BindMemory):
                 memories.create(resolved.id, effect.size)
+
+    def _reserve(self, id: int, offset: int, size: int) -> None:
+        holes = self._replica.memories.reserve(id, offset, size)
+        if holes:
+            self._reserved.append((id, holes))
+
+    def give_back(self) -> None:
+        """Undo `reserve`: the entry came to nothing."""
+        for id, holes in self._reserved:
+            self._replica.memories.give_back(id, holes)
 
     def _row(self, name: str) -> NameRow | None:
         if name in self.rows:
@@ -404,6 +415,7 @@ class Writer:
             txn = self._replica.index.env.begin(write=True, buffers=True)
         except lmdb.Error as error:
             raise translate(error, "committing") from error
+        batch: Batch | None = None
         try:
             with translated("committing"):
                 batch, results = self._index(txn, records, flushed, replayed)
@@ -414,6 +426,8 @@ class Writer:
         except BaseException:
             self._judge = None
             txn.abort()
+            if batch is not None:
+                batch.give_back()
             raise
         self._commit(txn, batch, results)
         self._finish(batch)
