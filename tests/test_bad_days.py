@@ -1,6 +1,7 @@
 """Full disks, disks and folders that refuse, wrong places, too few descriptors, odd errors."""
 
 import errno
+import gc
 import os
 import re
 import resource
@@ -153,6 +154,8 @@ def fill_up(disk: Disk, act: Callable[[Any, int], None]) -> tuple[int, int]:
             act(pool, number)
             assert read_everything(pool) == number
             assert not scenes.leftovers(pool)
+            if act is store_in_hole:
+                scenes.tidy(pool)  # what was stored lies in a file of its own until then
             if spare % 5 == 0:
                 call(scenes.check_sound, path)
             spare += 1 + spare // 4
@@ -164,7 +167,7 @@ def fill_up(disk: Disk, act: Callable[[Any, int], None]) -> tuple[int, int]:
 def test_a_full_disk_is_an_error_and_nothing_else(
     point: Path, act: Callable[[Any, int], None]
 ) -> None:
-    failed, _ = on_own_disk(fill_up, point, act, size_bytes=48 << 20)
+    failed, _ = on_own_disk(fill_up, point, act, size_bytes=96 << 20)
     assert failed > 0 or act is flush
 
 
@@ -285,6 +288,8 @@ def read_only_disk(disk: Disk) -> None:
         scenes.change(pool)
         assert call(look_read_only, view) == (1, 1), "while another process writes"
     assert call(look_read_only, view) == (1, 1)
+    del pool
+    gc.collect()
     disk.refuse_writes()
     assert refused(everpool.open, path)
     assert refused(everpool.open, disk.path / "new")
@@ -486,6 +491,7 @@ def test_a_pool_is_neither_made_nor_opened_on_a_network_file_system(
 
 
 def open_descriptors() -> int:
+    gc.collect()
     return len(os.listdir("/proc/self/fd")) - 1
 
 
@@ -581,7 +587,7 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
         return before, open_descriptors()
 
     before, after = call(run)
-    assert after <= before + 1, "each time something stays open"
+    assert after <= before, "each time something stays open"
 
 
 # Closed pools

@@ -127,6 +127,8 @@ class Ring:
         """
         if self._start >= 0 and forget is not None:
             os.pwrite(self._descriptor, bytes(_HEADER.size), self._offset(forget))
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(self._elsewhere(forget), 0)
         os.pwrite(self._descriptor, os.pread(self._descriptor, self._meta_bytes, 0), 0)
         flush_data(self._descriptor)
 

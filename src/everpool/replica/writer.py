@@ -461,6 +461,8 @@ class Writer:
                     "and ask `outcome(id)`",
                     id=results[0].id,
                 ) from error
+            if not batch.replayed:
+                batch.give_back()
             raise translate(error, "committing") from error
         finally:
             if not done:
