@@ -1,6 +1,7 @@
 """Entries and records: their bytes are frozen, their names and ids are checked."""
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from everpool.errors import CorruptionError, InvalidError
 from everpool.records import (
@@ -55,7 +56,7 @@ ENTRY = Entry(
 )
 # What version 1 of the format looks like on disk and on the wire. It may be read for ever.
 GOLDEN = bytes.fromhex(
-    "45564501000000004bc463667debc8c2000102030405060708090a0b0c0d0e0f070000000000000029000000"
+    "45564501000000003af8d780f1fe7c35000102030405060708090a0b0c0d0e0f070000000000000029000000"
     "00000000101112131415161718191a1b1c1d1e1f9295cd012c92a161a5c3a42fceb292a0a2702f9293050008"
     "9305cf0000010000000000cf0000010000000001999301a161c4060076616c75659301a362696793a3662d31"
     "ce00011170c410000000000000000000000000000000009202a4676f6e659403a16dcf0000400000000000c4"
@@ -98,6 +99,24 @@ def test_any_flipped_bit_is_noticed() -> None:
             decode_entry(bytes(damaged))
 
 
+def test_only_the_format_version_is_not_under_the_checksum() -> None:
+    data = encode_entry(ENTRY)
+    for at in set(range(64)) - {3}:
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(CorruptionError):
+            decode_entry(bytes(damaged))
+
+
+def test_an_encrypted_entry_asks_for_the_key() -> None:
+    data = bytearray(encode_entry(ENTRY))
+    data[4] = 1
+    seed = int.from_bytes(data[:8], "little")
+    data[8:16] = xxh3_64_intdigest(bytes(data[16:]), seed).to_bytes(8, "little")
+    with pytest.raises(InvalidError, match="key 1"):
+        decode_entry(bytes(data))
+
+
 def test_any_truncation_is_noticed() -> None:
     data = encode_entry(ENTRY)
     for size in range(len(data)):
@@ -129,7 +148,9 @@ def test_ids_are_written_and_read() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-", "12", "00-1", f"{SESSION.hex()}", f"{SESSION.hex()}-", f"{SESSION.hex()}-x"],
+    ["", "-", "12", "00-1", f"{SESSION.hex()}", f"{SESSION.hex()}-", f"{SESSION.hex()}-x"]
+    + [f"{SESSION.hex()}-{tail}" for tail in ("1_0", " 5", "+5", "-5", "05", "5 ", "\u0663")]
+    + ["00 " * 10 + "00-1", f"{SESSION.hex().upper()}-1"],
 )
 def test_what_is_no_id_is_refused(text: str) -> None:
     with pytest.raises(InvalidError, match="not a record id"):

@@ -85,8 +85,10 @@ anything = st.recursive(
 
 def sound(body: bytes) -> bytes:
     """Return an entry with that body whose checksum is right."""
+    before = struct.pack("<3sBI", b"EVE", 1, 0)
     behind = struct.pack("<16sQQ16s", SESSION, 1, 0, EMPTY_HASH) + body
-    return struct.pack("<3sBIQ", b"EVE", 1, 0, xxh3_64_intdigest(behind)) + behind
+    checksum = xxh3_64_intdigest(behind, int.from_bytes(before, "little"))
+    return before + checksum.to_bytes(8, "little") + behind
 
 
 def checked(data: bytes) -> Entry | None:
@@ -216,8 +218,21 @@ def test_bombs_are_refused_in_little_time_and_memory(bomb: str) -> None:
 @pytest.mark.parametrize("tag", [0, 8, 99, -1, 1 << 40])
 def test_an_unknown_operation_asks_for_an_upgrade(tag: int) -> None:
     body = pack([[0, [], [], [], [Put("a", b""), [tag, "x", {"later": 1}]]]])
-    with pytest.raises(InvalidError, match=f"operations \\[{tag}\\].*upgrade"):
+    with pytest.raises(InvalidError, match=f"operations \\[{tag}\\] or fields.*upgrade"):
         decode_entry(sound(body))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [[0, [], [], [], [], "later"]],
+        [[0, [], [], [], [[4, 1, 2, b"x", "later"]]]],
+        [[0, [], [], [], [[6, 1, None]]]],
+    ],
+)
+def test_an_unknown_field_asks_for_an_upgrade(records: object) -> None:
+    with pytest.raises(InvalidError, match="upgrade"):
+        decode_entry(sound(pack(records)))
 
 
 def test_records_with_too_few_fields_are_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from everpool.log import Appended
 from everpool.records import (
     EMPTY_HASH,
     MAX_MEMORY_BYTES,
@@ -26,8 +27,9 @@ from everpool.records import (
     RecordId,
     Reference,
     Write,
+    encode_entry,
 )
-from everpool.testing.memory_replica import Index, Row
+from everpool.testing.memory_replica import Index, MemoryReplica, Row
 from everpool.verdict import (
     VOID,
     Add,
@@ -345,6 +347,36 @@ def test_a_snapshot_is_of_a_version_before() -> None:
         ([FetchAdd(1, 8, "<i8", bytes(8))], Verdict.COMMITTED),
         ([FetchAdd(1, 9, "<i8", bytes(8))], Verdict.INVALID),
         ([FetchAdd(2, 0, "<i8", bytes(8))], Verdict.NOT_FOUND),
+        ([FetchAdd(1, 0, "nonsense", bytes(8))], Verdict.INVALID),
+        ([FetchAdd(1, 0, "O", bytes(8))], Verdict.INVALID),
+        ([FetchAdd(1, 0, "<f16", bytes(16))], Verdict.INVALID),
+        ([FetchAdd(1, 0, "<i8", bytes(7))], Verdict.INVALID),
+        ([FetchAdd(1, 0, "<i4", bytes(8))], Verdict.INVALID),
+        ([FetchAdd(1, 0, "<i8", b"")], Verdict.INVALID),
+        ([FetchAdd(1, 0, "|u1", b"\1")], Verdict.COMMITTED),
+        ([FetchAdd(1, 0, ">f2", bytes(2))], Verdict.COMMITTED),
+        ([Put("", b"")], Verdict.INVALID),
+        ([Put("a\0", b"")], Verdict.INVALID),
+        ([Put("x" * 1025, b"")], Verdict.INVALID),
+        ([Put("x" * 1024, b"")], Verdict.COMMITTED),
+        ([Put("\u00e9" * 512, b"")], Verdict.COMMITTED),
+        ([Put("\u00e9" * 513, b"")], Verdict.INVALID),
+        ([Delete("")], Verdict.INVALID),
+        ([Allocate("x" * 1025, 8, b"")], Verdict.INVALID),
+        ([Put("new", Reference("f", -1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("f", 1, bytes(15)))], Verdict.INVALID),
+        ([Put("new", Reference("", 1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("../f", 1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("/etc/passwd", 1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("a/.b", 1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("a\n", 1, bytes(16)))], Verdict.INVALID),
+        ([Put("new", Reference("a/b-1.seg", 1, bytes(16)))], Verdict.COMMITTED),
+        ([Write(1, 10, Reference("f", -5, bytes(16)))], Verdict.INVALID),
+        ([Fence(b"", 1)], Verdict.INVALID),
+        ([Fence(b"x" * 600, 1)], Verdict.INVALID),
+        ([Fence(session(5), 0)], Verdict.INVALID),
+        ([Fence(session(5, start=3), 1)], Verdict.INVALID),
+        ([Fence(session(5, start=2), 1)], Verdict.COMMITTED),
         ([Floor(1 << 63)], Verdict.COMMITTED),
         ([Floor(-5)], Verdict.COMMITTED),
         ([], Verdict.COMMITTED),
@@ -489,6 +521,20 @@ def test_the_floor_only_rises_and_never_above_its_own_record() -> None:
     assert story.does(Floor(1 << 62)).effects == [SetFloor(4)]
     assert story.judge.floor == 4
     assert story.decide(ONE, snapshot=4).verdict is Verdict.COMMITTED
+
+
+def test_the_highest_floor_of_a_record_counts() -> None:
+    story = Story(ONE, ONE)
+    story.does(ONE)
+    assert story.does(Floor(2), Floor(1)).effects == [SetFloor(2), SetFloor(2)]
+    assert story.judge.floor == 2
+
+
+def test_a_session_that_claims_to_begin_later_is_void() -> None:
+    story, later = Story(), session(5, start=9)
+    assert story.send(later, 1, blank()) == [Verdict.FORGOTTEN]
+    assert later not in story.index.sessions
+    assert story.send(session(5, start=1), 1, blank()) == [Verdict.COMMITTED]
 
 
 def test_an_aborted_floor_does_not_count() -> None:
@@ -654,9 +700,7 @@ def random_operation(rng: random.Random, story: Story, sessions: list[bytes]) ->
 def random_record(rng: random.Random, story: Story, version: int, sessions: list[bytes]) -> Record:
     operations: list[Operation] = []
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 4])):
-        operation = random_operation(rng, story, sessions)
-        if type(operation) is not Floor or all(type(other) is not Floor for other in operations):
-            operations.append(operation)
+        operations.append(random_operation(rng, story, sessions))
     ranges: list[Range] = []
     for _ in range(rng.choice([0, 0, 1, 2])):
         start = rng.choice(STARTS)
@@ -716,3 +760,44 @@ def test_whole_logs_are_judged_like_by_the_naive_rule(part: int) -> None:
 
 def test_ids_of_records_are_ordered_by_session_and_sequence() -> None:
     assert RecordId(session(1), 2) < RecordId(session(1), 10) < RecordId(session(2), 1)
+
+
+# Whatever a record holds, replicas go on.
+
+odd_names = st.text(max_size=3) | st.just("x" * 2000)
+odd_numbers = st.integers(-3, 70) | st.sampled_from([-(1 << 63), 1 << 46, (1 << 64) - 1])
+odd_files = st.builds(Reference, st.sampled_from(["f", "../f", ""]), odd_numbers, st.binary())
+odd_operations = st.one_of(
+    st.builds(Put, odd_names, st.binary(max_size=3)),
+    st.builds(Delete, odd_names),
+    st.builds(Allocate, odd_names, st.integers(-2, 64), st.binary(max_size=3)),
+    st.builds(Write, odd_numbers, odd_numbers, st.binary(max_size=9) | odd_files),
+    st.builds(
+        FetchAdd,
+        st.integers(-1, 4),
+        st.integers(-1, 20),
+        st.sampled_from(["<i8", "|i1", ">f4", "<f2", "<i1", "i8", "O", "V4", "", "nonsense"]),
+        st.binary(max_size=9),
+    ),
+    st.builds(Floor, odd_numbers),
+    st.builds(Fence, st.binary(max_size=20) | st.just(session(1)), odd_numbers),
+)
+odd_records = st.builds(
+    Record,
+    odd_numbers | st.just(0),
+    st.lists(odd_names, max_size=1),
+    st.lists(odd_names, max_size=1),
+    st.lists(st.tuples(odd_numbers, odd_numbers, odd_numbers), max_size=1),
+    st.lists(odd_operations, max_size=4),
+)
+
+
+@given(st.lists(st.lists(odd_records, max_size=3), max_size=5))
+def test_no_record_stops_a_replica(entries: list[list[Record]]) -> None:
+    replica, sequence = MemoryReplica(), 1
+    for records in [[blank(0, Allocate("m", 32, b""))], *entries]:
+        entry = Entry(session(1), sequence, replica.position, replica.hash, records)
+        item = Appended(replica.position + 1, 0, encode_entry(entry))
+        assert len(replica.apply(item)) == len(records)
+        sequence += len(records)
+    assert MemoryReplica.from_checkpoint(replica.checkpoint()).checkpoint() == replica.checkpoint()

@@ -7,7 +7,7 @@ looks like this (integers are little-endian):
          0    3  magic, b"EVE"
          3    1  format version, 1
          4    4  key id: 0 = not encrypted; otherwise the key that the body is encrypted with
-         8    8  XXH3-64 of everything behind this field
+         8    8  XXH3-64 of everything behind this field; its seed is the 8 bytes before it
         16   16  session
         32    8  sequence of the first record; record k has the first sequence + k
         40    8  base: the position up to which the writer had played the log
@@ -17,8 +17,8 @@ looks like this (integers are little-endian):
 A *record* is the MessagePack array `[snapshot, names, prefixes, ranges, operations]`: the version
 its reads are of, the names it read, the prefixes it listed, the byte ranges it read as
 `[object, start, end]`, and what it does. An operation is an array that begins with its tag (see
-the classes). A reader that meets a tag it does not know stops with `InvalidError`: skipping it
-would make replicas disagree.
+the classes). A reader that meets a tag or a field it does not know stops with `InvalidError`:
+skipping it would make replicas disagree.
 
 A *session* is 16 bytes: the version its pool was at when it was opened (8 bytes, big-endian) and
 8 random bytes. The version lets a replica that has forgotten old sessions tell a new session from
@@ -30,6 +30,7 @@ over the entry's bytes, from 16 zero bytes for the empty log.
 
 import hashlib
 import os
+import re
 import struct
 from typing import NamedTuple
 
@@ -43,10 +44,19 @@ EMPTY_HASH = bytes(16)
 SESSION_BYTES = 16
 MAX_NAME_BYTES = 1024
 MAX_MEMORY_BYTES = 1 << 46
+CHECKSUM_BYTES = 16
+# The types that `FetchAdd` knows, which are the same on every machine, and their sizes in bytes.
+NUMBER_BYTES = {
+    "|i1": 1,
+    "|u1": 1,
+    **{f"{order}{kind}{size}": size for order in "<>" for kind in "iuf" for size in (2, 4, 8)},
+}
 
 _MAGIC = b"EVE"
 _HEADER = struct.Struct("<3sBIQ16sQQ16s")
 _CHECKED_FROM = 16
+_FILE = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_MAX_FILE_BYTES = 255
 
 
 class RecordId(NamedTuple):
@@ -73,14 +83,17 @@ class RecordId(NamedTuple):
         try:
             if not dash or len(session) != 2 * SESSION_BYTES:
                 raise ValueError
-            return cls(bytes.fromhex(session), int(sequence)).checked()
+            found = cls(bytes.fromhex(session), int(sequence)).checked()
+            if str(found) != text:
+                raise ValueError
+            return found
         except ValueError:
             raise InvalidError(
                 f"{text!r} is not a record id: expected 32 hexadecimal digits, a dash and a number"
             ) from None
 
 
-class Reference(msgspec.Struct, array_like=True, frozen=True):
+class Reference(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Bytes that were stored before the record: `size` bytes in the file or segment `file`.
 
     `checksum` is what the file's own table of block checksums must hash to (XXH3-128).
@@ -94,20 +107,20 @@ class Reference(msgspec.Struct, array_like=True, frozen=True):
 Payload = bytes | Reference
 
 
-class Put(msgspec.Struct, array_like=True, frozen=True, tag=1):
+class Put(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """Bind `name` to a new value, replacing the value it is bound to. Memory is not replaced."""
 
     name: str
     payload: Payload
 
 
-class Delete(msgspec.Struct, array_like=True, frozen=True, tag=2):
+class Delete(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """Remove `name` and its object."""
 
     name: str
 
 
-class Allocate(msgspec.Struct, array_like=True, frozen=True, tag=3):
+class Allocate(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=3):
     """Bind the free `name` to `size` zero bytes of memory; `header` describes an array, or b""."""
 
     name: str
@@ -115,7 +128,7 @@ class Allocate(msgspec.Struct, array_like=True, frozen=True, tag=3):
     header: bytes
 
 
-class Write(msgspec.Struct, array_like=True, frozen=True, tag=4):
+class Write(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=4):
     """Replace the bytes of `object` from `offset` on.
 
     An `object` below zero names one that this record creates: -1 its first `Allocate`, and so on.
@@ -126,7 +139,7 @@ class Write(msgspec.Struct, array_like=True, frozen=True, tag=4):
     payload: Payload
 
 
-class FetchAdd(msgspec.Struct, array_like=True, frozen=True, tag=5):
+class FetchAdd(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=5):
     """Add `delta` to the number of type `dtype` at `offset`; its result is the old number."""
 
     object: int
@@ -135,13 +148,13 @@ class FetchAdd(msgspec.Struct, array_like=True, frozen=True, tag=5):
     delta: bytes
 
 
-class Floor(msgspec.Struct, array_like=True, frozen=True, tag=6):
+class Floor(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=6):
     """Raise the floor to `version`: older snapshots abort, older outcomes are forgotten."""
 
     version: int
 
 
-class Fence(msgspec.Struct, array_like=True, frozen=True, tag=7):
+class Fence(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=7):
     """Void the record with this id if it has not been decided yet."""
 
     session: bytes
@@ -153,7 +166,7 @@ Operation = Put | Delete | Allocate | Write | FetchAdd | Floor | Fence
 Range = tuple[int, int, int]
 
 
-class Record(msgspec.Struct, array_like=True):
+class Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """One submitted transaction. It commits or aborts as a whole."""
 
     snapshot: int
@@ -193,6 +206,16 @@ def payload_size(payload: Payload) -> int:
     return len(payload) if isinstance(payload, bytes) else payload.size
 
 
+def can_be_stored(payload: Payload) -> bool:
+    """Whether the payload is bytes, or may be a file: a size, a checksum and a harmless name."""
+    return isinstance(payload, bytes) or (
+        payload.size >= 0
+        and len(payload.checksum) == CHECKSUM_BYTES
+        and len(payload.file) <= _MAX_FILE_BYTES
+        and _FILE.fullmatch(payload.file) is not None
+    )
+
+
 def next_hash(previous: bytes, entry: bytes) -> bytes:
     """Return the running hash of a log after `entry` was appended to it."""
     return hashlib.blake2b(previous + entry, digest_size=16).digest()
@@ -203,7 +226,7 @@ def encode_entry(entry: Entry) -> bytes:
     session, first_sequence, base, base_hash, records = entry
     data = bytearray(_HEADER.pack(_MAGIC, FORMAT, 0, 0, session, first_sequence, base, base_hash))
     data += _encode_records(records)
-    data[8:16] = xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:]).to_bytes(8, "little")
+    data[8:16] = _checksum(memoryview(data)).to_bytes(8, "little")
     return bytes(data)
 
 
@@ -222,7 +245,7 @@ def decode_entry(data: bytes | memoryview) -> Entry:
         raise InvalidError(
             f"a log entry has format {version}, this version reads {FORMAT}: upgrade"
         )
-    if xxh3_64_intdigest(data[_CHECKED_FROM:]) != checksum:
+    if _checksum(data) != checksum:
         raise CorruptionError("a log entry's bytes do not match their checksum")
     if key:
         raise InvalidError(f"a log entry is encrypted with key {key}: upgrade, or give the key")
@@ -233,19 +256,43 @@ def decode_entry(data: bytes | memoryview) -> Entry:
         raise _undecodable(body, error) from error
 
 
+def _checksum(data: bytes | memoryview) -> int:
+    return xxh3_64_intdigest(data[_CHECKED_FROM:], int.from_bytes(data[:8], "little"))
+
+
 def _undecodable(body: bytes | memoryview, error: Exception) -> InvalidError | CorruptionError:
-    """Return the error for a sound body that does not fit: unknown operation, or not records."""
-    known = {kind.__struct_config__.tag for kind in Operation.__args__}
+    """Return the error for a sound body that does not fit: of a later version, or not records."""
+    fields = {
+        kind.__struct_config__.tag: len(kind.__struct_fields__) for kind in Operation.__args__
+    }
     try:
-        tags = {operation[0] for record in _decode_anything(body) for operation in record[4]}
-        unknown = sorted(tag for tag in tags if isinstance(tag, int) and tag not in known)
+        records = _decode_anything(body)
+        longer = any(len(record) > len(Record.__struct_fields__) for record in records)
+        unknown = sorted(
+            {
+                operation[0]
+                for record in records
+                for operation in record[4]
+                if isinstance(operation[0], int)
+                and len(operation) - 1 > fields.get(operation[0], -1)
+            }
+        )
     except (ValueError, RecursionError, TypeError, LookupError):
-        unknown = []
-    if unknown:
+        return CorruptionError(f"a log entry's records cannot be decoded: {error}")
+    if unknown or longer:
         return InvalidError(
-            f"a log entry has operations {unknown} that this version lacks: upgrade"
+            f"a log entry has operations {unknown} or fields that this version lacks: upgrade"
         )
     return CorruptionError(f"a log entry's records cannot be decoded: {error}")
+
+
+def is_name(name: str) -> bool:
+    """Whether `name` may name an object, in any process and on any replica."""
+    if not name or "\0" in name:
+        return False
+    if len(name) <= MAX_NAME_BYTES // 4 or name.isascii():
+        return len(name) <= MAX_NAME_BYTES
+    return len(name) <= MAX_NAME_BYTES and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def check_name(name: object) -> str:

@@ -7,7 +7,7 @@ a name is bound to.
 1. *Identity.* Within a session, records are decided in sequence and once. A sequence that was
    decided before is a duplicate, one behind a gap waits for its predecessor to be sent again, one
    behind its fence is void. A session that is not known, and began below the floor, may have been
-   forgotten: its records are void.
+   forgotten: its records are void; so are those of a session that claims to begin in the future.
 2. *Conflict.* A record aborts when its snapshot is below the floor, or when a committed record
    after its snapshot wrote a name it read, made or removed a name under a prefix it listed, or
    wrote a byte it read.
@@ -26,6 +26,8 @@ import msgspec
 
 from everpool.records import (
     MAX_MEMORY_BYTES,
+    NUMBER_BYTES,
+    SESSION_BYTES,
     Allocate,
     Delete,
     Entry,
@@ -35,6 +37,8 @@ from everpool.records import (
     Put,
     Record,
     Write,
+    can_be_stored,
+    is_name,
     payload_size,
     session_start,
 )
@@ -254,17 +258,17 @@ class Writes:
         return Writes.load(self.dump(floor))
 
     def dump(self, after: int) -> "WritesDump":
-        """Return what was written after that version, as plain data."""
+        """Return what was written after that version, as plain data; equal for all replicas."""
         return WritesDump(
             max(after, self.base),
-            [(version, name) for name, version in self.names.items() if version > after],
-            [item for item in self.listings if item[0] > after],
-            [
+            sorted((version, name) for name, version in self.names.items() if version > after),
+            sorted(item for item in self.listings if item[0] > after),
+            sorted(
                 (version, id, start, end)
                 for id, log in self.ranges.items()
                 for version, start, end in log.all
                 if version > after
-            ],
+            ),
         )
 
     @classmethod
@@ -388,7 +392,7 @@ class Judge:
         self, session: bytes, state: SessionState | None, sequence: int
     ) -> Verdict | None:
         if state is None:
-            if session_start(session) < self.floor:
+            if not self.floor <= session_start(session) <= self.version:
                 return Verdict.FORGOTTEN
             return None if sequence == 1 else Verdict.GAP
         if sequence <= state.last_sequence:
@@ -446,9 +450,12 @@ class Judge:
         overlay: dict[str, Binding | None] = {}
         created: list[tuple[int, int]] = []
         gone: set[int] = set()
+        floor = self.floor
         fenced: dict[bytes, SessionState] = {}
 
         def binding(name: str) -> Binding | None:
+            if not is_name(name):
+                raise _Refused(Verdict.INVALID, "a name that cannot be one")
             return overlay[name] if name in overlay else catalog.binding(name)
 
         def target(object: int, offset: int, size: int) -> int:
@@ -466,9 +473,14 @@ class Judge:
                 )
             return id
 
+        def stored(payload: Payload) -> Payload:
+            if not can_be_stored(payload):
+                raise _Refused(Verdict.INVALID, "a reference that cannot be one")
+            return payload
+
         for operation in record.operations:
             if isinstance(operation, Write):
-                payload = operation.payload
+                payload = stored(operation.payload)
                 id = target(operation.object, operation.offset, payload_size(payload))
                 effects.append(Store(id, operation.offset, payload))
             elif isinstance(operation, Put):
@@ -476,10 +488,14 @@ class Judge:
                 old = binding(name)
                 if old is not None and old.size >= 0:
                     raise _Refused(Verdict.EXISTS, f"memory {name!r}")
-                effects.append(Bind(name, next_id, operation.payload, old.id if old else 0))
+                payload = stored(operation.payload)
+                effects.append(Bind(name, next_id, payload, old.id if old else 0))
                 overlay[name] = Binding(next_id, -1)
                 next_id += 1
             elif isinstance(operation, FetchAdd):
+                if NUMBER_BYTES.get(operation.dtype) != len(operation.delta):
+                    detail = f"{len(operation.delta)} bytes for a number of type"
+                    raise _Refused(Verdict.INVALID, f"{detail} {operation.dtype[:9]!r}")
                 id = target(operation.object, operation.offset, len(operation.delta))
                 effects.append(Add(id, operation.offset, operation.dtype, operation.delta))
             elif isinstance(operation, Delete):
@@ -503,9 +519,12 @@ class Judge:
                 created.append((next_id, operation.size))
                 next_id += 1
             elif isinstance(operation, Floor):
-                floor = max(self.floor, min(operation.version, self.version))
+                floor = max(floor, min(operation.version, self.version))
                 effects.append(SetFloor(floor))
             else:
+                whole = len(operation.session) == SESSION_BYTES and 0 < operation.sequence < 1 << 63
+                if not whole or session_start(operation.session) > self.version:
+                    raise _Refused(Verdict.INVALID, "a fence for what cannot be a record")
                 known = fenced.get(operation.session) or self._session(operation.session)
                 state = self._fenced(operation.session, operation.sequence, known)
                 effects.append(SetFence(operation.session, state))
