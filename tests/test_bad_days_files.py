@@ -131,6 +131,24 @@ def check(path: Path) -> Report:
     return call(verify_folder, path, timeout_s=_PATIENCE_S)
 
 
+def is_sound(path: Path) -> bool:
+    """Do what the child of `verify` does in a process that is cheaper to start."""
+    child = Child(checker, path)
+    with ending(child):
+        try:
+            child.receive(_PATIENCE_S)
+        except (AssertionError, EOFError):
+            child.kill()
+            assert child.join() != -signal.SIGKILL, "it hung"
+            return False
+        return child.join() == 0
+
+
+def checker(link: Connection, path: Path) -> None:
+    scenes.check_sound(path)
+    link.send("sound")
+
+
 def cut(path: Path, size: int) -> None:
     with open(path, "r+b") as file:
         file.truncate(size)
@@ -223,7 +241,7 @@ def test_every_flipped_bit_of_the_shared_page_is_healed_or_harmless(
 ) -> None:
     """Nobody has the pool open: the page must not be believed more than the index."""
     pristine = (path / "shared").read_bytes()
-    for offset in range(64):
+    for offset in range(0, 64, 3):
         flip(path / "shared", offset, offset % 8)
         seen = survey(path, write=False)
         assert isinstance(seen, Seen), f"byte {offset}: signal {seen}"
@@ -340,21 +358,21 @@ def test_a_flipped_bit_of_memory_is_found_by_name(path: Path, place: int) -> Non
 
 def check_index_damage(path: Path, expected: dict[str, Any], what: str) -> str:
     """Damage to the index is an error, or verify finds it, or it does no harm at all."""
-    report = check(path)
+    ok = is_sound(path)
     seen = survey(path, write=False)
     if isinstance(seen, int):
-        assert not report.ok, f"{what}: signal {seen}, and verify found nothing"
+        assert not ok, f"{what}: signal {seen}, and verify found nothing"
         return "signal"
     for text in seen.errors.values():
         assert text.startswith(("corruption: ", "invalid: ", "unavailable: ")), (what, text)
     if seen.errors:
-        assert not report.ok, f"{what}: {seen.errors}, and verify found nothing"
+        assert not ok, f"{what}: {seen.errors}, and verify found nothing"
         return "error"
     wrong = [name for name in expected if seen.contents.get(name) != expected[name]]
     if wrong or len(seen.contents) != len(expected):
-        assert not report.ok, f"{what}: {wrong} is wrong, and verify found nothing"
+        assert not ok, f"{what}: {wrong} is wrong, and verify found nothing"
         return "found"
-    return "found" if not report.ok else "harmless"
+    return "found" if not ok else "harmless"
 
 
 def test_flipped_bits_of_the_index_are_found_or_harmless(

@@ -328,9 +328,11 @@ def one_dies(glob: str) -> Trouble:
     return trouble
 
 
-def victim(accident: str, mutant: str = "", seed: int = 1) -> Callable[[Path], list[Order]]:
+def victim(
+    accident: str, mutant: str = "", *, mix: Mapping[str, int] = ONE_BY_ONE, seed: int = 1
+) -> Callable[[Path], list[Order]]:
     """Two processes, of which the first one has an accident."""
-    make = orders(2, 2, 60, mix=SMALL_MIX, seed=seed)
+    make = orders(2, 2, 60, mix=mix, seed=seed)
 
     def make_both(disk: Path) -> list[Order]:
         first, second = make(disk)
@@ -417,12 +419,12 @@ CASES = {
         kinds=("flushed", "done"),
     ),
     "failed_flush_kept_secret": Case(
-        make=partial(orders, 2, 2, 80, mix=COUNTING_MIX),
-        trouble=failing(MEMORY),
-        kinds=("flushed", "done"),
+        make=partial(victim, "dies_when_memory_is_not_flushed", mix=COUNTING_MIX),
+        trouble=one_dies(MEMORY),
+        kinds=("flushed",),
     ),
     "dead_writers_index_not_mended": Case(
-        make=partial(victim, "dies_when_the_index_is_not_flushed"),
+        make=partial(victim, "dies_when_the_index_is_not_flushed", mix=SMALL_MIX),
         trouble=one_dies(INDEX),
         kinds=("first syncs after trouble",),
     ),

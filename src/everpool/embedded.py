@@ -33,7 +33,7 @@ _SETTLE_S = 0.05
 class Engine:
     """What all pools that one process has open at one path share."""
 
-    def __init__(self, folder: Path, *, read_only: bool, timeout_s: float) -> None:
+    def __init__(self, folder: Path, id: bytes, *, read_only: bool, timeout_s: float) -> None:
         self.folder = folder
         self.read_only = read_only
         self.timeout_s = timeout_s
@@ -43,6 +43,11 @@ class Engine:
         self.committer = None if read_only else Committer(self.replica, timeout_s)
         try:
             self._check_complete()
+            if self.replica.state().pool != id:
+                raise CorruptionError(
+                    f"the index of {folder} is not of the pool that {layout.MARKER} names: "
+                    "restore both from one copy"
+                )
             self._recover()
         except BaseException:
             self.replica.close()
@@ -210,7 +215,7 @@ def acquire(folder: Path, *, create: bool, read_only: bool, timeout_s: float) ->
     with _mutex:
         if create and not read_only and not layout.is_pool(folder):
             layout.create_pool(folder, timeout_s)
-        layout.read_marker(folder)
+        marker = layout.read_marker(folder)
         layout.check_place(folder)
         with translated(f"opening {folder}"):
             status = os.stat(folder)
@@ -224,7 +229,9 @@ def acquire(folder: Path, *, create: bool, read_only: bool, timeout_s: float) ->
                 f"this process has {folder} open read-only: close that first, or open it for "
                 "writing from the start"
             )
-        engine = Engine(folder, read_only=read_only, timeout_s=timeout_s)
+        if not read_only:
+            layout.check_folders(folder)
+        engine = Engine(folder, marker.id(), read_only=read_only, timeout_s=timeout_s)
         engine.users = 1
         _engines[status.st_dev, status.st_ino, read_only] = engine
         return engine

@@ -266,6 +266,9 @@ class Index:
     def __init__(self, folder: Path, *, read_only: bool, create: bool) -> None:
         self.path = folder / "data.mdb"
         self.read_only = read_only
+        self._ring: Ring | None = None
+        if not create and not self.path.exists():
+            raise CorruptionError(f"{self.path} is missing: restore the pool from a copy")
         with translated(f"opening the index in {folder}"):
             if not read_only:
                 _reserve_lock_file(folder / "lock.mdb")
@@ -305,14 +308,21 @@ class Index:
         if create:
             with self.env.begin(write=True) as txn:
                 ring.create(txn)
-        self.ring = Ring(self.path, self.env, writable=not self.read_only)
         info = self.env.info()
         length = self.path.stat().st_size
         needed = (info["last_pgno"] + 1) * self.env.stat()["psize"]
         self.missing_bytes = max(0, needed - length)
 
+    @property
+    def ring(self) -> Ring:
+        """The ring of the newest entries. Not to be asked for while pages may be missing."""
+        if self._ring is None:
+            self._ring = Ring(self.path, self.env, writable=not self.read_only)
+        return self._ring
+
     def close(self) -> None:
-        self.ring.close()
+        if self._ring is not None:
+            self._ring.close()
         env = self.env
         self.env = cast("lmdb.Environment", _Closed())
         # Closing it under a thread that is reading would crash the process.
@@ -334,7 +344,7 @@ class Index:
             raise translate(error, "reading the index") from error
 
     def state(self, txn: lmdb.Transaction) -> State:
-        row = txn.get(_STATE)
+        row = _get(txn, _STATE)
         if row is None:
             raise CorruptionError("the index has no state: restore the pool from a copy")
         return _decode_state(_unseal(_STATE, row, "the index's state"))
@@ -347,7 +357,7 @@ class Index:
     def name(self, txn: lmdb.Transaction, name: str) -> NameRow | None:
         whole = _NAMES + name.encode()
         key, rest = _place(whole)
-        row = txn.get(key)
+        row = _get(txn, key)
         if row is None:
             return None
         if rest is not None:
@@ -360,8 +370,11 @@ class Index:
     def inline(self, txn: lmdb.Transaction, name: str) -> bytes | None:
         """Return the body of a short name's inline value; None when `name` has to tell."""
         key = _NAMES + name.encode()
-        found = txn.get(key) if len(key) <= _LONG_NAME_BYTES else None
-        if found is None or found[0] != INLINE:
+        try:  # not by `_get`: small values are read from here
+            found = txn.get(key) if len(key) <= _LONG_NAME_BYTES else None
+        except lmdb.Error as error:
+            raise translate(error, "reading the index") from error
+        if not found or found[0] != INLINE:
             return None
         row = bytes(found)  # slices of bytes are cheaper than those of views
         if xxh3_64_intdigest(row[:-8], xxh3_64_intdigest(key)) != int.from_bytes(
@@ -391,7 +404,7 @@ class Index:
         txn.delete(key)
 
     def _long(self, txn: lmdb.Transaction, key: bytes) -> dict[bytes, bytes]:
-        row = txn.get(key)
+        row = _get(txn, key)
         return {} if row is None else _decode_long(_unseal(key, row, "a row of long names"))
 
     def list_names(
@@ -400,7 +413,7 @@ class Index:
         """Return names under `prefix` in order from the key `after` on, and where to go on."""
         found: list[bytes] = []
         whole = _NAMES + prefix
-        with txn.cursor() as cursor:
+        with _cursor(txn) as cursor:
             if not cursor.set_range(max(whole[: 1 + _LONG_NAME_BYTES], after)):
                 return found, None
             for view in cursor.iternext(keys=True, values=False):
@@ -423,7 +436,7 @@ class Index:
 
     def memory_row(self, txn: lmdb.Transaction, id: int) -> MemoryRow | None:
         key = _MEMORIES + key_of(id)
-        row = txn.get(key)
+        row = _get(txn, key)
         if row is None:
             return None
         row = _unseal(key, row, f"the row of memory object {id}")
@@ -449,7 +462,7 @@ class Index:
 
     def session(self, txn: lmdb.Transaction, session: bytes) -> SessionState | None:
         key = _SESSIONS + session
-        row = txn.get(key)
+        row = _get(txn, key)
         return None if row is None else _decode_session(_unseal(key, row, "a session's row"))
 
     def put_session(self, txn: lmdb.Transaction, session: bytes, state: SessionState) -> None:
@@ -501,14 +514,14 @@ class Index:
 
     def tail_after(self, txn: lmdb.Transaction, version: int) -> Iterator[tuple[int, TailRow]]:
         """Yield the entries that hold versions after `version`: last version and row, in order."""
-        with txn.cursor() as cursor:
+        with _cursor(txn) as cursor:
             if cursor.set_range(_TAIL + key_of(version + 1)):
                 for key, row in cursor.iternext():
                     yield self._tail_row(bytes(key), row)
 
     def tail_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, TailRow]]:
         """Yield the entries from the newest to the oldest."""
-        with txn.cursor() as cursor:
+        with _cursor(txn) as cursor:
             if cursor.last():
                 for key, row in cursor.iterprev():
                     if key[:1] != _TAIL:
@@ -517,7 +530,7 @@ class Index:
 
     def tail_sizes_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, int]]:
         """Yield the last version and the row's bytes of each entry, newest first."""
-        with txn.cursor() as cursor:
+        with _cursor(txn) as cursor:
             if cursor.last():
                 for key, row in cursor.iterprev():
                     if key[:1] != _TAIL:
@@ -557,9 +570,22 @@ def _reserve_lock_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def _get(txn: lmdb.Transaction, key: bytes) -> memoryview | None:
+    try:
+        return txn.get(key)
+    except lmdb.Error as error:
+        raise translate(error, "reading the index") from error
+
+
+@contextlib.contextmanager
+def _cursor(txn: lmdb.Transaction) -> Iterator[lmdb.Cursor]:
+    with translated("reading the index"), txn.cursor() as cursor:
+        yield cursor
+
+
 def _under(txn: lmdb.Transaction, prefix: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Yield the rows whose keys begin with `prefix`, and the rest of those keys."""
-    with txn.cursor() as cursor:
+    with _cursor(txn) as cursor:
         if cursor.set_range(prefix):
             for view, row in cursor.iternext():
                 key = bytes(view)

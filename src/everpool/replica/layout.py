@@ -17,7 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from everpool.errors import CorruptionError, InvalidError, NotFoundError, UnavailableError
+from everpool.errors import (
+    CorruptionError,
+    EverpoolError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
 from everpool.records import EMPTY_HASH
 from everpool.replica.bulk import sync_folder
 from everpool.replica.index import FORMAT, Index, State, translated
@@ -40,6 +46,9 @@ class Marker(msgspec.Struct):
     everpool: int
     pool: str
 
+    def id(self) -> bytes:
+        return uuid.UUID(self.pool).bytes
+
 
 def is_pool(folder: Path) -> bool:
     """Whether a finished pool lies in `folder`."""
@@ -57,13 +66,16 @@ def read_marker(folder: Path) -> Marker:
             raise _not_a_pool(folder) from None
     try:
         marker = msgspec.json.decode(data, type=Marker)
-    except msgspec.DecodeError as error:
+        if marker.everpool > FORMAT:
+            raise InvalidError(
+                f"the pool {folder} has format {marker.everpool}, this version reads up to "
+                f"{FORMAT}: upgrade everpool"
+            )
+        marker.id()
+    except (msgspec.DecodeError, ValueError) as error:
+        if isinstance(error, InvalidError):
+            raise
         raise CorruptionError(f"{path} is damaged ({error}): restore it from a copy") from error
-    if marker.everpool > FORMAT:
-        raise InvalidError(
-            f"the pool {folder} has format {marker.everpool}, this version reads up to {FORMAT}: "
-            "upgrade everpool"
-        )
     return marker
 
 
@@ -109,6 +121,7 @@ def create_pool(folder: Path, timeout_s: float) -> None:
 
 
 def _fill(folder: Path) -> None:
+    _refuse_headless(folder)
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     # What an interrupted creation left was never acknowledged.
@@ -138,6 +151,31 @@ def _fill(folder: Path) -> None:
         os.close(descriptor)
     os.rename(temporary, folder / MARKER)
     sync_folder(folder)
+
+
+def check_folders(folder: Path) -> None:
+    """Make the folders that may be empty, which some ways of copying leave out."""
+    with translated(f"opening {folder}"):
+        for name in _FOLDERS[1:]:
+            (folder / name).mkdir(exist_ok=True)
+
+
+def _refuse_headless(folder: Path) -> None:
+    """Raise `CorruptionError` when a pool lies in `folder` that only lost its marker."""
+    found = [path for name in ("memory", "values") for path in (folder / name).glob("*")]
+    if not found and (folder / "index" / "data.mdb").exists():
+        with contextlib.suppress(EverpoolError):
+            index = Index(folder / "index", read_only=False, create=False)
+            try:
+                if not index.missing_bytes:
+                    with index.read() as txn:
+                        found += [index.path] * (index.state(txn).version > 0)
+            finally:
+                index.close()
+    if found:
+        raise CorruptionError(
+            f"{folder} has no {MARKER}, but holds a pool ({found[0]}): restore {MARKER} from a copy"
+        )
 
 
 def _make_folder(folder: Path) -> None:

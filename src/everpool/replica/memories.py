@@ -52,10 +52,11 @@ class MemoryFiles:
         finally:
             os.close(descriptor)
 
-    def reserve(self, id: int, offset: int, size: int) -> list[tuple[int, int]]:
+    def reserve(self, id: int, offset: int, size: int, limit: int) -> list[tuple[int, int]]:
         """Make sure that there is room on the disk for these bytes, whatever they are now.
 
-        Returns the holes that were filled for it, for `give_back`.
+        Returns the holes that were filled for it, for `give_back`. Raises `CorruptionError` when
+        the file is missing or does not have `limit` bytes.
         """
         first, last = offset >> _PAGE_SHIFT, (offset + size - 1) >> _PAGE_SHIFT
         known = self._allocated
@@ -63,8 +64,11 @@ class MemoryFiles:
         if small and all((id, page) in known for page in range(first, last + 1)):
             return []
         start = first << _PAGE_SHIFT
-        descriptor = self._descriptor(id)
-        limit = os.fstat(descriptor).st_size
+        try:
+            descriptor = self._descriptor(id)
+        except FileNotFoundError as error:
+            raise missing(id) from error
+        _check_length(id, os.fstat(descriptor).st_size, limit)
         end = min((last + 1) << _PAGE_SHIFT, limit)
         holes = _holes(descriptor, start, end)
         if hasattr(os, "posix_fallocate"):
@@ -136,12 +140,7 @@ class MemoryFiles:
             return mapped
         descriptor = os.open(self.path(id), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            length = os.fstat(descriptor).st_size
-            if length != size:
-                raise CorruptionError(
-                    f"the file of memory object {id} has {length} bytes instead of {size}: "
-                    "restore the pool from a copy"
-                )
+            _check_length(id, os.fstat(descriptor).st_size, size)
             mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
@@ -196,6 +195,21 @@ class MemoryFiles:
                 if len(descriptors) > _OPEN_FILES:
                     os.close(descriptors.popitem(last=False)[1])
         return descriptor
+
+
+def missing(id: int) -> CorruptionError:
+    """Return the error for an object whose file is lost."""
+    return CorruptionError(
+        f"the file of memory object {id} is missing: restore the pool from a copy"
+    )
+
+
+def _check_length(id: int, length: int, expected: int) -> None:
+    if length != expected:
+        raise CorruptionError(
+            f"the file of memory object {id} has {length} bytes instead of {expected}: "
+            "restore the pool from a copy"
+        )
 
 
 _KEEP_SIZE_AND_PUNCH_HOLE = 3

@@ -10,6 +10,7 @@ that the index had, however the copy was torn. While nothing is being committed 
 import mmap
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from everpool.replica.index import (
     translated,
 )
 from everpool.replica.lock import lock_at
-from everpool.replica.memories import MemoryFiles
+from everpool.replica.memories import MemoryFiles, missing
 from everpool.replica.shared import REORDERS_LOADS, SharedPage, order_loads
 from everpool.verdict import Add, Effect, Store, Writes, find_conflict, note_effects
 
@@ -67,6 +68,7 @@ class Replica:
     def close(self) -> None:
         """Close what can be closed; mappings that are in use live on."""
         self.memories.close()
+        self.shared.close()
         self.index.close()
         if self.lock is not None:
             self.lock.close()
@@ -230,8 +232,12 @@ class Replica:
             lost = isinstance(error, (FileNotFoundError, CorruptionError))
             if lost and self.read_only and not self.trusted:
                 raise unfinished(self.folder) from error
-            if lost:
+            if isinstance(error, CorruptionError):
                 raise
+            if lost and self.memory_row(id) is None:
+                raise  # deleted between the two looks
+            if lost:
+                raise missing(id) from error
             raise translate_os(error, f"mapping object {id}") from error
 
     def settle(self, timeout_s: float) -> None:
@@ -284,7 +290,8 @@ class Recent:
     """What was written lately, for transactions that check what they have read."""
 
     def __init__(self, replica: Replica) -> None:
-        self._replica = replica
+        # Not a reference: a closed replica must go at once, with its descriptors.
+        self._replica = weakref.ref(replica)
         self._mutex = threading.Lock()
         self._writes = Writes(0)
         self._top = 0
@@ -301,7 +308,8 @@ class Recent:
             self._writes, self._top = Writes(snapshot), snapshot
         if self._top >= version:
             return True
-        replica = self._replica
+        replica = self._replica()
+        assert replica is not None
         with replica.index.read() as txn:
             if snapshot < replica.index.state(txn).floor:
                 return False

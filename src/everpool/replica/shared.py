@@ -79,14 +79,28 @@ class SharedPage:
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         self._writable = writable
-        self._map = _map_for_writing(path) if writable else _map_for_reading(path)
+        mapped = _map_for_writing(path) if writable else _map_for_reading(path)
+        self._map: mmap.mmap | bytearray = mapped
         view = memoryview(self._map)
         self._words = view.cast("Q")
         self._half_words = view.cast("I")
         self._address = 0
+        self._anchor: ctypes.c_char | None = None
         if writable and _FUTEX_CALL is not None and sys.platform == "linux":
             self._anchor = ctypes.c_char.from_buffer(self._map)
             self._address = ctypes.addressof(self._anchor) + 4 * _WAKE
+
+    def close(self) -> None:
+        """Let go of the page, which else lives as long as a handle or transaction refers to it.
+
+        Who still looks sees a commit that never ends, and so asks the index, which is closed.
+        """
+        blank = bytearray(PAGE_BYTES)
+        self._address = 0
+        self._anchor = None
+        self._map = blank
+        self._words, self._half_words = memoryview(blank).cast("Q"), memoryview(blank).cast("I")
+        self._words[_STARTED] = 1
 
     def trusted(self) -> bool:
         """Whether the marks were written since this machine booted."""

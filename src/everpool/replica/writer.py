@@ -221,25 +221,25 @@ class Batch:
         self.row = encode(row)
         state.tail_bytes += index.put_tail(txn, state.version, self.row)
         index.put_state(txn, state)
+        self._pending = None
 
     def reserve(self) -> None:
         """Create files and reserve the disk that the effects will need."""
         memories = self._replica.memories
         for effect, resolved in self.applied:
             if isinstance(effect, Store):
-                size = payload_size(effect.payload)
-                if size and self.memory[effect.id] is not None:
-                    self._reserve(effect.id, effect.offset, size)
+                self._reserve(effect.id, effect.offset, payload_size(effect.payload))
             elif isinstance(effect, Add):
-                if self.memory[effect.id] is not None:
-                    self._reserve(effect.id, effect.offset, len(effect.delta))
+                self._reserve(effect.id, effect.offset, len(effect.delta))
             elif isinstance(effect, BindMemory):
                 memories.create(resolved.id, effect.size)
 
     def _reserve(self, id: int, offset: int, size: int) -> None:
-        holes = self._replica.memories.reserve(id, offset, size)
-        if holes:
-            self._reserved.append((id, holes))
+        row = self.memory[id]
+        if size and row is not None:
+            holes = self._replica.memories.reserve(id, offset, size, row.size)
+            if holes:
+                self._reserved.append((id, holes))
 
     def give_back(self) -> None:
         """Undo `reserve`: the entry came to nothing."""
