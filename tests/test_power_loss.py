@@ -319,24 +319,32 @@ def one_dies(glob: str) -> Trouble:
 
     def trouble(run: Run) -> None:
         wait_until_open(run)
-        while run.children[0].alive() and run.playing():
+        while run.children[0].alive():
             run.disk.fail("sync", glob=glob)
             time.sleep(0.01)
             run.disk.heal()
         run.killed.add(0)
+        for number, order in enumerate(run.orders):
+            if order.late:
+                run.begin(number)
 
     return trouble
 
 
 def victim(
-    accident: str, mutant: str = "", *, mix: Mapping[str, int] = ONE_BY_ONE, seed: int = 1
+    accident: str,
+    mutant: str = "",
+    *,
+    mix: Mapping[str, int] = ONE_BY_ONE,
+    seed: int = 1,
+    late: bool = False,
 ) -> Callable[[Path], list[Order]]:
-    """Two processes, of which the first one has an accident."""
+    """Two processes, of which the first one has an accident; the other may begin after that."""
     make = orders(2, 2, 60, mix=mix, seed=seed)
 
     def make_both(disk: Path) -> list[Order]:
         first, second = make(disk)
-        return [replace(first, mutant=accident), replace(second, mutant=mutant)]
+        return [replace(first, mutant=accident), replace(second, mutant=mutant, late=late)]
 
     return make_both
 
@@ -347,12 +355,13 @@ ACCIDENTS_AT = {
 }
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["seen", "unseen"])
 @pytest.mark.parametrize("accident", ACCIDENTS)
 def test_cuts_after_a_process_died_of_a_failed_flush(
-    accident: str, tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
+    accident: str, late: bool, tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
 ) -> None:
     trouble = one_dies(ACCIDENTS_AT[accident])
-    cuts = Cuts(record(tmp_path / "disk", victim(accident), trouble), scratch)
+    cuts = Cuts(record(tmp_path / "disk", victim(accident, late=late), trouble), scratch)
     cuts.check(auditor, cuts.choose(pick, 25))
 
 
@@ -419,12 +428,12 @@ CASES = {
         kinds=("flushed", "done"),
     ),
     "failed_flush_kept_secret": Case(
-        make=partial(victim, "dies_when_memory_is_not_flushed", mix=COUNTING_MIX),
+        make=partial(victim, "dies_when_memory_is_not_flushed", mix=COUNTING_MIX, late=True),
         trouble=one_dies(MEMORY),
         kinds=("flushed",),
     ),
     "dead_writers_index_not_mended": Case(
-        make=partial(victim, "dies_when_the_index_is_not_flushed", mix=SMALL_MIX),
+        make=partial(victim, "dies_when_the_index_is_not_flushed", mix=SMALL_MIX, late=True),
         trouble=one_dies(INDEX),
         kinds=("first syncs after trouble",),
     ),

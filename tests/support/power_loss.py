@@ -74,9 +74,14 @@ class Run:
             child.receive(END_S)
 
     def start(self) -> None:
-        """Let all begin at the same time."""
-        for child in self.children:
-            child.send("begin")
+        """Let all that are not late begin at the same time."""
+        for number, order in enumerate(self.orders):
+            if not order.late:
+                self.begin(number)
+
+    def begin(self, number: int) -> None:
+        """Let one begin."""
+        self.children[number].send("begin")
 
     def playing(self) -> bool:
         """Whether any process still plays."""

@@ -63,8 +63,8 @@ class Order(msgspec.Struct, frozen=True):
     """What one process is to do on the disk that is mounted at `disk`.
 
     `actors` are played at once by a thread each. `create` makes the pool, the bank and the
-    counter first; else they are waited for. `watched` are actors of an earlier run, of whom it
-    tells what it saw.
+    counter first; else they are waited for. A `late` one begins when it is told to. `watched` are
+    actors of an earlier run, of whom it tells what it saw.
     """
 
     disk: str
@@ -73,6 +73,7 @@ class Order(msgspec.Struct, frozen=True):
     steps: int
     mix: Mapping[str, int]
     create: bool = False
+    late: bool = False
     watched: tuple[str, ...] = ()
     flush_versions: int = 40
     kept_versions: int = 30
@@ -159,7 +160,7 @@ def insist_open(order: Order, *, create: bool) -> everpool.Pool:
 
 
 def pause(tried: int) -> None:
-    time.sleep(min(PAUSE_S * tried, LONGEST_PAUSE_S))
+    time.sleep(min(PAUSE_S * (1 + tried), LONGEST_PAUSE_S))
 
 
 def look_at(pool: everpool.Pool, actor: str) -> State:

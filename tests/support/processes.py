@@ -83,7 +83,10 @@ class Child:
                 stacks = stacks_of(self.pid)
                 self.kill()
                 raise AssertionError(f"the child said nothing for {timeout_s} s{stacks}")
-        message = self.link.recv()
+        try:
+            message = self.link.recv()
+        except EOFError:
+            raise AssertionError(f"the child ended with {self.join()}, saying nothing") from None
         if isinstance(message, Failure):
             self.join()
             raise AssertionError("in the child:\n" + message.text)
