@@ -459,6 +459,8 @@ def test_every_mutant_has_a_case() -> None:
     assert ACCIDENTS_AT.keys() == ACCIDENTS.keys()
 
 
+# How many cuts a mutant takes depends on timing: too many, now and then, for every run.
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CASES)
 def test_a_mutant_is_caught(
     name: str, auditor: Auditor, scratch: Path, pick: random.Random
