@@ -20,6 +20,7 @@ from everpool.replica import index
 from everpool.replica.writer import Writer
 from support import scenes
 from support.processes import Child, Worker, call, ending, state_of
+from support.scenes import SCENES
 from support.tracing import Tracee, why_not
 
 _no_tracing = why_not()
@@ -305,11 +306,25 @@ def read_slept(pool: Any) -> Any:
     return pool["slept"]
 
 
-def change_once(pause: Pause, link: Connection, path: Path) -> None:
+def act_once(pause: Pause, link: Connection, path: Path, scene: str) -> None:
     pool = everpool.open(path, create=False)
     pause()
-    scenes.change(pool)
-    link.send("done")
+    SCENES[scene].act(pool)
+    pause()
+
+
+def tidy_once(pause: Pause, link: Connection, path: Path) -> None:
+    scenes.short_tail()
+    pool = everpool.open(path, create=False)
+    pause()
+    scenes.tidy(pool)
+    pool["after"] = 1
+    pause()
+
+
+def open_once(pause: Pause, link: Connection, path: Path) -> None:
+    pause()
+    everpool.open(path, create=False)
     pause()
 
 
@@ -321,29 +336,98 @@ def view_number(pool: Any) -> int | None:
         return None
 
 
+def look_at(pool: Any, scene: str) -> int:
+    """Return the state of a scene, looked at in every way that there is."""
+    state = SCENES[scene].look(pool)
+    if scene == "change":
+        assert scenes.glanced(pool) == state
+        # Whoever wants a view finishes for the dead, if nobody else does.
+        assert view_number(pool) in (None, state, SCENES[scene].look(pool))
+    return SCENES[scene].look(pool)
+
+
+def look_afresh(path: Path, scene: str, read_only: bool) -> int:
+    with everpool.open(path, create=False, read_only=read_only, timeout_s=0.05) as pool:
+        return look_at(pool, scene)
+
+
+class Onlookers:
+    """Processes that look at a pool while another one stands still; time only goes forwards."""
+
+    def __init__(self, path: Path, scene: str) -> None:
+        self._path = path
+        self._scene = scene
+        self.workers = [Worker(path, timeout_s=0.05, read_only=it) for it in (False, True)]
+        self._seen = [0, 0]
+        self._looks = 0
+
+    def look(self, step: str) -> int:
+        """Return the state that all see; fails when they do not agree."""
+        found = [worker.ask(look_at, self._scene) for worker in self.workers]
+        assert all(now >= before for now, before in zip(found, self._seen, strict=True)), step
+        self._seen = list(found)
+        self._looks += 1
+        if self._looks % 4 == 0:
+            found.append(call(look_afresh, self._path, self._scene, self._looks % 8 == 0))
+        assert len(set(found)) == 1, f"after {step}: {found}"
+        return found[0]
+
+
 @traced
-def test_readers_see_a_prefix_wherever_the_writer_stands_still(path: Path) -> None:
-    old, reading = Worker(path, timeout_s=0.05), Worker(path, read_only=True)
-    with ending(old, reading):
-        assert old.ask(look_around)[0] == 0
+@pytest.mark.parametrize("scene", SCENES)
+def test_readers_see_a_prefix_wherever_a_writer_stands_still(path: Path, scene: str) -> None:
+    onlookers = Onlookers(path, scene)
+    with ending(*onlookers.workers):
         for state in range(2):
             states: list[int] = []
-            seen = {"old": state, "reading": state, "view": state, "tx": state}
-            tracee = Tracee(change_once, path, locks=True)
+            tracee = Tracee(act_once, path, scene, locks=True)
             with ending(tracee):
                 while step := tracee.next_step():
-                    for name, worker in (("old", old), ("reading", reading)):
-                        now, glance, _ = worker.ask(look_around)
-                        assert now == glance and seen[name] <= now <= state + 1, (step, seen, now)
-                        seen[name] = now
-                    viewed = old.ask(view_number)
-                    assert viewed is None or viewed == seen["old"], (step, viewed)
-                    if len(states) % 5 == state:
-                        now, glance, _ = call(open_and_look, path, bool(len(states) % 2))
-                        assert now == glance and seen["old"] <= now <= state + 1, step
-                    states.append(seen["old"])
+                    states.append(onlookers.look(step))
                 tracee.finish()
+            assert states == sorted(states)
             assert states.count(state) > 5 and states.count(state + 1) > 5, states
+
+
+@traced
+def test_readers_notice_nothing_of_a_flush_that_stands_still(path: Path) -> None:
+    onlookers = Onlookers(path, "change")
+    with ending(*onlookers.workers):
+        onlookers.workers[0].ask(scenes.change)
+        tracee = Tracee(tidy_once, path, locks=True)
+        steps: list[str] = []
+        with ending(tracee):
+            while step := tracee.next_step():
+                steps.append(step)
+                assert onlookers.look(step) == 1, step
+            tracee.finish()
+    assert "fsync memory" in steps
+
+
+@traced
+@pytest.mark.parametrize(
+    "last", ["fdatasync data.mdb", "pwrite64 data.mdb", "rename"], ids=["early", "durable", "half"]
+)
+def test_readers_see_a_prefix_wherever_a_recovery_stands_still(path: Path, last: str) -> None:
+    """A writer dies in the midst of it, and who comes to finish for it is stopped."""
+    onlookers = Onlookers(path, "change")
+    with ending(*onlookers.workers):
+        assert onlookers.look("nothing") == 0
+        victim = Tracee(act_once, path, "change")
+        with ending(victim):
+            for step in ("fdatasync data.mdb", last):
+                while last != step and victim.next_step() != step:
+                    pass
+            while victim.next_step() != last:
+                pass
+        states = [onlookers.look("the death")]
+        helper = Tracee(open_once, path, locks=True)
+        with ending(helper):
+            while step := helper.next_step():
+                states.append(onlookers.look(step))
+            helper.finish()
+        assert states == sorted(states)
+        assert states[-1] == (last != "fdatasync data.mdb")
 
 
 # Readers and writers at once
@@ -496,57 +580,48 @@ def die_reading(link: Connection, path: Path) -> None:
 
 
 def keep_open(link: Connection, path: Path) -> None:
-    """Keep a pool open and answer how many names it has, each time in a new thread."""
+    """Keep a pool open and read from as many transactions at once as it is told."""
     pool = open_with_few_slots(path)
     link.send(len(pool))
-    while link.recv():
-        found: list[Any] = []
+    while wanted := link.recv():
+        txns: list[Any] = []
+        try:
+            for _ in range(wanted):
+                txns.append(pool.engine().replica.index.read())
+            link.send("read")
+        except EverpoolError as error:
+            link.send(error.kind)
+        for txn in txns:
+            txn.abort()
 
-        def look(found: list[Any] = found) -> None:
-            try:
-                found.append(len(list(pool.names())))
-            except EverpoolError as error:
-                found.append(error.kind)
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-        link.send(found[0])
+def take_all_slots(path: Path) -> list[Child]:
+    """Start readers until there is no room for one more, which must be told so."""
+    readers: list[Child] = []
+    for _ in range(100):
+        readers.append(Child(die_reading, path))
+        try:
+            readers[-1].receive()
+        except AssertionError as error:
+            assert "UnavailableError" in str(error) and "read the pool" in str(error)
+            return readers
+    raise AssertionError("there was room for more than there is")
 
 
 def test_slots_of_dead_readers_are_used_again(crowded: Path) -> None:
-    keeper = Child(keep_open, crowded)
-    with ending(keeper):
-        names = keeper.receive()
-        for _ in range(30):
-            victim = Child(die_reading, crowded)
-            assert victim.receive() == "reading"
-            victim.kill()
-            keeper.send("look")
-            assert keeper.receive() == names
-
-
-def test_more_readers_than_there_is_room_for_are_told_so(crowded: Path) -> None:
     keeper = Child(keep_open, crowded)
     readers: list[Child] = []
     with ending(keeper):
         keeper.receive()
         try:
-            for _ in range(12):
-                reader = Child(die_reading, crowded)
-                readers.append(reader)
-                try:
-                    reader.receive()
-                except AssertionError as error:
-                    assert "UnavailableError" in str(error) and "read the pool" in str(error)
-                    break
-            else:
-                raise AssertionError("there was room for more than there is")
+            readers = take_all_slots(crowded)
+            keeper.send(5)
+            assert keeper.receive() == "unavailable"
         finally:
             for reader in readers:
                 reader.kill()
-        keeper.send("look")
-        assert isinstance(keeper.receive(), int)
+        keeper.send(5)
+        assert keeper.receive() == "read"
 
 
 def test_a_reader_that_died_does_not_make_the_file_grow(path: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def _mounted(function: Callable[..., Any], point: Path, args: tuple[Any, ...], s
     with open(image, "wb") as file:
         file.truncate(size)
     path = os.environ["PATH"] + ":/sbin:/usr/sbin"
-    for command in (["mkfs.ext4", "-q", "-m0", image], ["mount", "-o", "loop", image, point]):
+    make = ["mkfs.ext4", "-q", "-m0", f"-b{PAGE_BYTES}", image]
+    for command in (make, ["mount", "-o", "loop", image, point]):
         done = subprocess.run(
             command, env=dict(os.environ, PATH=path), capture_output=True, text=True
         )
@@ -74,6 +76,9 @@ class Disk:
                     step >>= 1
             ballast.truncate(max(0, size - spare_pages * PAGE_BYTES))
 
+    def free_pages(self) -> int:
+        return os.statvfs(self.path).f_bavail
+
     def clear(self) -> None:
         """Give the room back."""
         self._ballast.unlink(missing_ok=True)
@@ -93,14 +98,15 @@ class Disk:
 
 
 @functools.cache
-def why_not(point: Path) -> str:
+def why_not() -> str:
     """Return why there can be no disks of one's own here, or nothing."""
     if sys.platform != "linux":
         return "needs Linux's mount namespaces"
-    try:
-        on_own_disk(lambda disk: None, point, size_bytes=1 << 20)
-    except AssertionError as error:
-        return f"cannot mount a file system here: {str(error).strip().splitlines()[-1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            on_own_disk(lambda disk: None, Path(folder) / "disk", size_bytes=8 << 20)
+        except AssertionError as error:
+            return f"cannot mount a file system here: {str(error).strip().splitlines()[-1]}"
     return ""
 
 

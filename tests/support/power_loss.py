@@ -211,8 +211,11 @@ class Cuts:
             for kind in kinds if at >= start else ():
                 # Just before what ends a promise, and just behind what makes one.
                 places.setdefault(kind, []).append(at + isinstance(operation, Mark))
-        later = [at for at in places.get("sync of index", ()) if at > failed_at >= 0]
-        return places | ({"first syncs after trouble": later[:3]} if later else {})
+        for kind in ("sync of index", "flushed", "done"):
+            later = [at for at in places.get(kind, ()) if at > failed_at >= 0]
+            if later:
+                places[f"first {kind} after trouble"] = later[:3]
+        return places
 
     def check(self, auditor: Auditor, cuts: Sequence[Cut]) -> None:
         """Make and audit the cuts, in order. AssertionError for the first that fails."""

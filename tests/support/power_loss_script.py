@@ -41,9 +41,9 @@ FULL_MIX: Mapping[str, int] = {
 # Without pipelines, of which one may be refused and the next not.
 ONE_BY_ONE: Mapping[str, int] = {k: n for k, n in FULL_MIX.items() if k != "pipeline"}
 COUNTING_MIX: Mapping[str, int] = {"own_count": 1, "shared_count": 1, "flush": 1}
-REBUILDING_MIX: Mapping[str, int] = {"rebuild": 2, "inline": 1}
 FLUSHING_MIX: Mapping[str, int] = {"huge": 2, "word": 2, "flush": 1}
 LARGE_MIX: Mapping[str, int] = {"beyond_ring": 1, "word": 2, "inline": 1}
+NEEDS_NO_MEMORY = {"inline", "bulk", "delete", "rebuild", "flush"}
 # No large files: many commits in little time.
 SMALL_MIX: Mapping[str, int] = {
     k: FULL_MIX[k] for k in ("inline", "delete", "word", "own_count", "shared_count", "mixed")
@@ -113,7 +113,8 @@ def script(actor: str, seed: int, steps: int, kinds: tuple[tuple[str, int], ...]
     """The script of an actor; `kinds` is a mix as items."""
     author = _Author(actor, seed)
     names, weights = zip(*kinds, strict=True)
-    author.begin()
+    if not NEEDS_NO_MEMORY.issuperset(names):
+        author.begin()
     while len(author.script.steps) < steps:
         author.write_one(author.random.choices(names, weights)[0])
     return author.script
@@ -132,7 +133,7 @@ class _Author:
         self._keys = 0
 
     def begin(self) -> None:
-        """Every actor first makes the memory it works on."""
+        """Make the memory to work on."""
         self._step("direct", Operation("allocate", self._name("ledger"), size=LEDGER_BYTES))
         self._step("direct", Operation("allocate", self._name("big"), size=BIG_BYTES))
 

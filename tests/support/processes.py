@@ -107,10 +107,10 @@ class Child:
         self.join()
 
     def stop(self) -> None:
-        """SIGSTOP, and wait until it is stopped."""
+        """SIGSTOP, and wait until all its threads are stopped."""
         os.kill(self.pid, signal.SIGSTOP)
         deadline = time.monotonic() + PATIENCE_S
-        while state_of(self.pid) != "T":
+        while set(thread_states(self.pid)) != {"T"}:
             assert time.monotonic() < deadline, "the child does not stop"
             time.sleep(0.001)
 
@@ -196,7 +196,18 @@ def ending(*children: Child) -> Iterator[None]:
 
 def state_of(pid: int) -> str:
     """Return the letter by which the kernel tells what a process does."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return _state(Path(f"/proc/{pid}/stat"))
+
+
+def thread_states(pid: int) -> Iterator[str]:
+    """Yield that letter for each thread: a signal reaches one after the other."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield _state(task / "stat")
+
+
+def _state(stat: Path) -> str:
+    return stat.read_text().rpartition(")")[2].split()[0]
 
 
 def stacks_of(pid: int) -> str:

@@ -14,6 +14,7 @@ Needs Linux's ptrace; `why_not` says why it cannot be used here.
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import signal
@@ -213,6 +214,7 @@ def _nothing(pause: Callable[[], None], link: Connection) -> None:
     pause()
 
 
+@functools.cache
 def why_not() -> str:
     """Return why processes cannot be traced here, or nothing."""
     if sys.platform != "linux" or not _CALLS:
