@@ -616,10 +616,11 @@ def test_closing_under_a_reader_leaves_what_it_reads(path: Path) -> None:
     def read() -> None:
         index = pool.engine().replica.index
         with index.read() as txn:
-            body = index.inline(txn, "a")
+            row = index.name(txn, "a")
+            assert row is not None
             reading.set()
             closed.wait(0.3)  # closing may wait for this reader
-            found.append(bytes(body).count(b"x"))
+            found.append(bytes(row.body).count(b"x"))
 
     reader = start(read)
     assert reading.wait(5)
@@ -875,8 +876,8 @@ def test_verify_gives_no_false_alarm_after_a_late_flush(path: Path) -> None:
                 pool["x"] = number
             pool.engine().flush()
 
-    def sync(self: Flusher) -> Any:
-        flushed = whole(self)
+    def sync(self: Flusher, *args: Any) -> Any:
+        flushed = whole(self, *args)
         Flusher.sync = whole
         elsewhere(path, overtake, timeout_s=0.2)
         return flushed

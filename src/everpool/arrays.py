@@ -64,6 +64,7 @@ class Layout:
         for length in shape:
             self.items *= length
         self.nbytes = self.items * dtype.itemsize
+        self._plain = len(shape) == 1 and dtype.subdtype is None
         strides: list[int] = []
         step = dtype.itemsize
         for length in reversed(shape):
@@ -78,6 +79,10 @@ class Layout:
 
     def select(self, key: Any) -> Selection:
         """Return what `key` selects; raises what NumPy raises for a wrong index."""
+        if type(key) is int and self._plain and -self.items <= key < self.items:
+            step = self.dtype.itemsize
+            offsets = np.array((key % self.items * step,), np.int64)
+            return Selection((), self.dtype, offsets, step, True)
         return self._basic(key) if is_basic(key) else self._advanced(key)
 
     def _basic(self, key: Any) -> Selection:

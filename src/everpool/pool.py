@@ -17,7 +17,7 @@ from everpool.errors import ClosedError, ConflictError, ExistsError, InvalidErro
 from everpool.memory import Array, Memory, ValueArray, open_array
 from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, RecordId, check_name
 from everpool.replica.bulk import Staged
-from everpool.replica.index import INLINE, MEMORY, NameRow
+from everpool.replica.index import BODY, INLINE, MEMORY, NameRow
 from everpool.replica.replica import Replica
 from everpool.replica.verify import Report, verify_folder
 from everpool.transaction import Transaction, check_size
@@ -32,6 +32,7 @@ _IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
 _CACHED_BYTES = 4096
 # What the encoding of every bytes value begins with: the bytes follow.
 _BYTES_HEADER = values.encode(b"").tobytes()
+_BYTES_AT = BODY + len(_BYTES_HEADER)
 
 
 class Outcome(NamedTuple):
@@ -117,28 +118,25 @@ class Pool(MutableMapping[str, Any]):
 
     def writing_engine(self) -> Engine:
         """Return the engine for a change; raises `InvalidError` when open read-only."""
+        self.check_writable()
+        return self.engine()
+
+    def check_writable(self) -> None:
+        """Raise `InvalidError` when the pool is open read-only."""
         if self._read_only:
             raise InvalidError(f"the pool {self.path} is open read-only: open it for writing")
-        return self.engine()
 
     # The mapping
 
     def __getitem__(self, name: str) -> Any:
-        replica = self.engine().replica
-        version, cached = replica.cached
-        # While nothing was committed since, an immutable value that was read is still the value.
-        if version == replica.quiet() and type(name) is str:
-            found = cached.get(name, _MISSING)
-            if found is not _MISSING:
-                return found
-        found = self._find(check_name(name), replica)
+        found = self._find(name)
         if found is _MISSING:
             raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
         return found
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return what `name` is bound to, or `default`."""
-        found = self._find(check_name(name), self.engine().replica)
+        found = self._find(name)
         return default if found is _MISSING else found
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -366,22 +364,37 @@ class Pool(MutableMapping[str, Any]):
             raise NotFoundError(f"there is no {name!r} in {self.path}", name=name)
         return row
 
-    def _find(self, name: str, replica: Replica) -> Any:
-        index = replica.index
-        with index.read() as txn:
-            body = index.inline(txn, name)
-            if body is not None:
-                plain = body[: len(_BYTES_HEADER)] == _BYTES_HEADER
-                found = (
-                    body[len(_BYTES_HEADER) :] if plain else values.decode(body, zero_copy=False)
-                )
-                if type(found) in _IMMUTABLE and len(body) <= _CACHED_BYTES:
-                    replica.keep(txn, name, found)
+    def _find(self, name: str) -> Any:
+        """Return what `name` is bound to, or `_MISSING`. The short way is for small values."""
+        engine = self._engine
+        if self._closed or engine.generation != embedded.generation:
+            engine = self.engine()
+        if type(name) is str:
+            replica = engine.replica
+            version, cached = replica.cached
+            # While nothing was committed since, an immutable value that was read still is it.
+            if version == replica.quiet():
+                found = cached.get(name, _MISSING)
+                if found is not _MISSING:
+                    return found
+            known = replica.index.inline(name)
+            if known is not None:
+                number, row = known
+                if row.startswith(_BYTES_HEADER, BODY):
+                    found = row[_BYTES_AT:]
+                else:
+                    found = values.decode(row[BODY:], zero_copy=False)
+                    if type(found) not in _IMMUTABLE:
+                        return found
+                if len(row) <= _CACHED_BYTES:
+                    replica.keep(number, name, found)
                 return found
-            row = index.name(txn, name)
-            if row is None:
-                return _MISSING
-            row = row._replace(body=bytes(row.body))
+        return self._find_any(check_name(name), engine.replica)
+
+    def _find_any(self, name: str, replica: Replica) -> Any:
+        row = replica.find(name).row
+        if row is None:
+            return _MISSING
         if row.kind == MEMORY:
             header = bytes(row.body)
             if header:

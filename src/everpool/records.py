@@ -55,6 +55,10 @@ NUMBER_BYTES = {
 _MAGIC = b"EVE"
 _HEADER = struct.Struct("<3sBIQ16sQQ16s")
 _CHECKED_FROM = 16
+_REST = struct.Struct("<16sQQ16s")
+# What an entry that is not encrypted begins with.
+_PLAIN_START = _MAGIC + bytes((FORMAT, 0, 0, 0, 0))
+_PLAIN_SEED = int.from_bytes(_PLAIN_START, "little")
 _FILE = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*/)*[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _MAX_FILE_BYTES = 255
 
@@ -223,11 +227,8 @@ def next_hash(previous: bytes, entry: bytes) -> bytes:
 
 def encode_entry(entry: Entry) -> bytes:
     """Return the entry's bytes."""
-    session, first_sequence, base, base_hash, records = entry
-    data = bytearray(_HEADER.pack(_MAGIC, FORMAT, 0, 0, session, first_sequence, base, base_hash))
-    data += _encode_records(records)
-    data[8:16] = _checksum(memoryview(data)).to_bytes(8, "little")
-    return bytes(data)
+    body = _REST.pack(*entry[:4]) + _encode_records(entry.records)
+    return _PLAIN_START + xxh3_64_intdigest(body, _PLAIN_SEED).to_bytes(8, "little") + body
 
 
 def decode_entry(data: bytes | memoryview) -> Entry:

@@ -358,7 +358,7 @@ class Transaction(MutableMapping[str, Any]):
 
     def _check_writable(self) -> None:
         self._check_open()
-        self._pool.writing_engine()
+        self._pool.check_writable()
 
 
 class TransactionMemory(ByteSlices):

@@ -117,7 +117,8 @@ def ring_not_written() -> None:
 @mutant
 def ring_of_one_slot() -> None:
     """The newest entry is written over the one before, of which the index may not know yet."""
-    Ring._offset = lambda self, position: self._start  # type: ignore[method-assign]
+    slots = Ring._slots
+    Ring._slots = lambda self, position: slots(self, 0)  # type: ignore[method-assign]
 
 
 @mutant
@@ -364,6 +365,19 @@ def trusted_before_replay() -> None:
         replay(self)
 
     Writer._replay = too_late  # type: ignore[method-assign]
+
+
+@mutant
+def ring_written_while_played() -> None:
+    """An entry that is played from the ring is written to it again, over its only copy."""
+    commit_entry = Writer._commit
+
+    def write_again(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
+        if batch.replayed:
+            self._replica.index.ring.put(batch.state.position - 1, batch.row)
+        commit_entry(self, txn, batch, results)
+
+    Writer._commit = write_again  # type: ignore[method-assign]
 
 
 @mutant

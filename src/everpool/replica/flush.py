@@ -7,16 +7,18 @@ flushed may have been told of a failure, so that counts as one.
 """
 
 import contextlib
+import time
+from collections.abc import Iterator
+from itertools import islice
 
 from xxhash import xxh3_64_intdigest
 
 from everpool.errors import EverpoolError
 from everpool.records import Floor, Record
 from everpool.replica.bulk import sync_folder
-from everpool.replica.effects import effects_of, entry_of
-from everpool.replica.index import State, translated
+from everpool.replica.index import State, TailRow, translated
 from everpool.replica.replica import Replica
-from everpool.replica.writer import BLOCK_SHIFT, Dirty, Flushed, Writer
+from everpool.replica.writer import BLOCK_SHIFT, Dirty, Flushed, Writer, Written
 
 # A flush is due when this much was committed since the last one.
 FLUSH_VERSIONS = 1 << 13
@@ -24,10 +26,11 @@ FLUSH_BYTES = 32 << 20
 # Transactions, watchers and outcomes may look back this far.
 KEPT_VERSIONS = 1 << 14
 KEPT_BYTES = 64 << 20
+_ENTRIES_AT_ONCE = 32
 
 
 class Flusher:
-    """Flushes one replica. Call `rewrite`, `sync` and `commit` with the flusher's lock held."""
+    """Flushes one replica. Call `begin`, `sync` and `commit` with the flusher's lock held."""
 
     def __init__(self, replica: Replica, writer: Writer) -> None:
         self._replica = replica
@@ -39,20 +42,24 @@ class Flusher:
             tail_bytes >= KEPT_BYTES + FLUSH_BYTES and version > flushed
         )
 
-    def sync(self) -> Flushed:
-        """Make memory durable as of now; commits go on meanwhile.
+    def begin(self) -> tuple[int, Written]:
+        """Return what `sync` has to make durable. Call with the writer's lock held.
+
+        After a failed sync, what may be lost is written again first.
+        """
+        if self._replica.shared.unflushed:
+            with translated("writing memory again after a failed fsync"):
+                self._writer.rewrite(self._replica.state().flushed)
+        return self._writer.take_written()
+
+    def sync(self, version: int, written: Written) -> Flushed:
+        """Make memory durable as of that version; commits go on meanwhile.
 
         Raises `UnavailableError` when the disk fails.
         """
         replica = self._replica
         with translated("making memory durable"):
-            version = replica.shared.applied
-            dirty = Dirty()
-            with replica.index.read() as txn:
-                flushed = replica.index.state(txn).flushed
-                rows = list(replica.index.tail_after(txn, flushed))
-            for _, row in rows:
-                dirty.add_all(effects_of(entry_of(row), row), flushed)
+            dirty = written.between(replica.state().flushed, version, self._tail)
             replica.shared.unflushed = 1
             for id in dirty.blocks:
                 replica.memories.sync(id)
@@ -61,11 +68,20 @@ class Flusher:
             replica.shared.unflushed = 0
             return Flushed(version, self._checksums(dirty))
 
-    def rewrite(self) -> None:
-        """After a failed sync, write again what may be lost. Call with the writer's lock held."""
-        if self._replica.shared.unflushed:
-            with translated("writing memory again after a failed fsync"):
-                self._writer.rewrite(self._replica.state().flushed)
+    def _tail(self, after: int) -> Iterator[tuple[int, TailRow]]:
+        """Yield the entries behind a version.
+
+        A few at a time: what a reader pins makes each commit slower, and for long.
+        """
+        index = self._replica.index
+        while True:
+            with index.read() as txn:
+                rows = list(islice(index.tail_after(txn, after), _ENTRIES_AT_ONCE))
+            if not rows:
+                return
+            yield from rows
+            after = rows[-1][0]
+            time.sleep(0)  # commits go first
 
     def commit(self, flushed: Flushed) -> None:
         """Note what is durable and raise the floor. Call with the writer's lock held."""

@@ -1,20 +1,21 @@
 """The index: what a replica keeps in LMDB. All LMDB errors are translated here.
 
-Each row ends with 8 bytes: XXH3-64 of what is before, seeded with XXH3-64 of the row's key, so
-that neither a damaged nor a misplaced row is taken for a sound one.
+Each row ends with 8 bytes: XXH3-64 of what is before, big-endian, seeded with XXH3-64 of the
+row's key, so that neither a damaged nor a misplaced row is taken for a sound one.
 
     key                               row
     "/"                               room for the newest entries (see `ring`)
-    "0"                               MessagePack, `State`
-    "1" session                       MessagePack, `SessionState`
-    "2" object id (8, big-endian)     version (8), size (8), name: memory
-    "3" object id, block (8 + 8)      XXH3-64 of a block of memory (8)
-    "4" name (see `_place`)           kind (1 byte), object id (8), version (8), size (8), body:
+    "1" object id, block (8 + 8)      XXH3-64 of a block of memory (8)
+    "2" name (see `_place`)           kind (1 byte), object id (8), version (8), size (8), body:
                                       an inline value, a `Reference`, or an array's header
-    "5" last version (8, big-endian)  MessagePack, `TailRow`: an entry of the tail
+    "3" last version (8, big-endian)  MessagePack, `TailRow`: an entry of the tail
+    "4" object id (8, big-endian)     version (8), size (8), name: memory
+    "5" session                       MessagePack, `SessionState`
+    "6"                               MessagePack, `State`
 
-All of it is one B-tree, so that a small commit changes few pages.
-Integers in rows are little-endian. Kinds: 1 inline value, 2 value in a bulk file, 3 memory.
+All of it is one B-tree, and what every commit changes stands at its end, so that a small commit
+changes few pages.
+Other integers in rows are little-endian. Kinds: 1 inline value, 2 value in a bulk file, 3 memory.
 LMDB keys are at most 511 bytes: a name longer than 500 bytes lies in the row of its first 500
 bytes and a NUL, which holds a MessagePack map of the rests of such names to their rows.
 """
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple, cast
 
 import lmdb
 import msgspec
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from everpool.errors import (
     ClosedError,
@@ -53,8 +54,10 @@ _MAP_BYTES = 1 << 42
 _MAX_READERS = 4096
 _CLOSE_S = 5.0
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
-_STATE, _SESSIONS, _MEMORIES, _BLOCKS, _NAMES, _TAIL = b"0", b"1", b"2", b"3", b"4", b"5"
+_BLOCKS, _NAMES, _TAIL, _MEMORIES, _SESSIONS, _STATE = b"1", b"2", b"3", b"4", b"5", b"6"
+_TAIL_END = _MEMORIES
 _NAME = struct.Struct("<BQQQ")
+BODY = _NAME.size
 _MEMORY = struct.Struct("<QQ")
 _LONG_NAME_BYTES = 500
 _SCAN_ROWS = 8192
@@ -148,17 +151,20 @@ def key_of(number: int) -> bytes:
 
 
 def _seal(key: bytes, row: bytes) -> bytes:
-    return row + xxh3_64_intdigest(row, xxh3_64_intdigest(key)).to_bytes(8, "little")
+    return row + xxh3_64_digest(row, xxh3_64_intdigest(key))
+
+
+def _is_sealed(key: bytes, sealed: memoryview | bytes) -> bool:
+    return sealed[-8:] == xxh3_64_digest(sealed[:-8], xxh3_64_intdigest(key))
 
 
 def _unseal(key: bytes, sealed: memoryview, what: str) -> memoryview:
-    row = sealed[:-8]
-    if xxh3_64_intdigest(row, xxh3_64_intdigest(key)) != int.from_bytes(sealed[-8:], "little"):
+    if not _is_sealed(key, sealed):
         raise CorruptionError(
             f"{what} does not match its checksum: restore it from a copy; "
             "`everpool verify` lists all damage"
         )
-    return row
+    return sealed[:-8]
 
 
 @contextlib.contextmanager
@@ -166,12 +172,13 @@ def translated(doing: str) -> Iterator[None]:
     """Turn LMDB's and the system's errors into ours."""
     try:
         yield
-    except EverpoolError:
-        raise
-    except lmdb.Error as error:
-        raise translate(error, doing) from error
-    except OSError as error:
-        raise translate_os(error, doing) from error
+    except (lmdb.Error, OSError) as error:
+        raise ours(error, doing) from error
+
+
+def ours(error: lmdb.Error | OSError, doing: str) -> EverpoolError:
+    """Return our error for one of LMDB's or the system's."""
+    return translate_os(error, doing) if isinstance(error, OSError) else translate(error, doing)
 
 
 def translate(error: lmdb.Error, doing: str) -> EverpoolError:
@@ -367,21 +374,25 @@ class Index:
             row = memoryview(found)
         return _name_row(whole, row, name)
 
-    def inline(self, txn: lmdb.Transaction, name: str) -> bytes | None:
-        """Return the body of a short name's inline value; None when `name` has to tell."""
-        key = _NAMES + name.encode()
-        try:  # not by `_get`: small values are read from here
-            found = txn.get(key) if len(key) <= _LONG_NAME_BYTES else None
-        except lmdb.Error as error:
-            raise translate(error, "reading the index") from error
-        if not found or found[0] != INLINE:
+    def inline(self, name: str) -> tuple[int, bytes] | None:
+        """Return the row of a short name's inline value, without its checksum, and LMDB's number
+        of the transaction that read it; None when `name` has to tell.
+
+        The body begins at `BODY`. This is the short way to small values.
+        """
+        try:
+            key = _NAMES + name.encode()
+            with self.env.begin() as txn:
+                sealed = txn.get(key)
+                number = txn.id()
+        except (lmdb.Error, UnicodeEncodeError):
             return None
-        row = bytes(found)  # slices of bytes are cheaper than those of views
-        if xxh3_64_intdigest(row[:-8], xxh3_64_intdigest(key)) != int.from_bytes(
-            row[-8:], "little"
-        ):
+        if not sealed or sealed[0] != INLINE:
             return None
-        return row[_NAME.size : -8]
+        row = sealed[:-8]
+        if xxh3_64_digest(row, xxh3_64_intdigest(key)) != sealed[-8:]:
+            return None
+        return number, row
 
     def put_name(self, txn: lmdb.Transaction, name: str, row: NameRow) -> None:
         whole = _NAMES + name.encode()
@@ -498,7 +509,7 @@ class Index:
         """Add an entry's encoded `TailRow`; returns how many bytes are stored."""
         key = _TAIL + key_of(last_version)
         sealed = _seal(key, row)
-        txn.put(key, sealed, append=True)
+        txn.put(key, sealed)
         return len(sealed)
 
     def unplayed(self) -> TailRow | None:
@@ -516,13 +527,16 @@ class Index:
         """Yield the entries that hold versions after `version`: last version and row, in order."""
         with _cursor(txn) as cursor:
             if cursor.set_range(_TAIL + key_of(version + 1)):
-                for key, row in cursor.iternext():
-                    yield self._tail_row(bytes(key), row)
+                for view, row in cursor.iternext():
+                    key = bytes(view)
+                    if key >= _TAIL_END:
+                        return
+                    yield self._tail_row(key, row)
 
     def tail_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, TailRow]]:
         """Yield the entries from the newest to the oldest."""
         with _cursor(txn) as cursor:
-            if cursor.last():
+            if cursor.set_range(_TAIL_END) and cursor.prev():
                 for key, row in cursor.iterprev():
                     if key[:1] != _TAIL:
                         return
@@ -531,21 +545,30 @@ class Index:
     def tail_sizes_backwards(self, txn: lmdb.Transaction) -> Iterator[tuple[int, int]]:
         """Yield the last version and the row's bytes of each entry, newest first."""
         with _cursor(txn) as cursor:
-            if cursor.last():
+            if cursor.set_range(_TAIL_END) and cursor.prev():
                 for key, row in cursor.iterprev():
                     if key[:1] != _TAIL:
                         return
                     yield int.from_bytes(key[1:], "big"), len(row)
 
-    def pop_tail(self, txn: lmdb.Transaction, up_to: int) -> tuple[TailRow, int] | None:
-        """Remove and return the oldest entry and its size when it ends at or before `up_to`."""
+    def trim_tail(self, txn: lmdb.Transaction, up_to: int, most: int) -> tuple[int, list[str]]:
+        """Remove up to `most` of the oldest entries, of those that end at or before `up_to`.
+
+        Returns how many bytes they had, and the bulk files that only they needed.
+        """
+        size = 0
+        garbage: list[str] = []
         with txn.cursor() as cursor:
-            if not cursor.set_range(_TAIL) or int.from_bytes(cursor.key()[1:], "big") > up_to:
-                return None
-            row = self._tail_row(bytes(cursor.key()), cursor.value())[1]
-            size = len(cursor.value())
-            cursor.delete()
-            return row, size
+            found = cursor.set_range(_TAIL)
+            while found and most:
+                key, row = bytes(cursor.key()), cursor.value()
+                if key >= _TAIL_END or int.from_bytes(key[1:], "big") > up_to:
+                    break
+                size += len(row)
+                garbage += self._tail_row(key, row)[1].garbage
+                found = cursor.delete()
+                most -= 1
+        return size, garbage
 
     def _tail_row(self, key: bytes, row: memoryview) -> tuple[int, TailRow]:
         version = int.from_bytes(key[1:], "big")
@@ -602,11 +625,10 @@ def _place(whole: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _name_row(key: bytes, sealed: memoryview, name: str) -> NameRow:
-    row = sealed[:-8]
-    if xxh3_64_intdigest(row, xxh3_64_intdigest(key)) != int.from_bytes(sealed[-8:], "little"):
+    if not _is_sealed(key, sealed):
         raise CorruptionError(
             f"the index's row of {name!r} does not match its checksum: restore it from a copy",
             name=name,
         )
-    kind, id, version, size = _NAME.unpack_from(row)
-    return NameRow(kind, id, version, size, row[_NAME.size :])
+    kind, id, version, size = _NAME.unpack_from(sealed)
+    return NameRow(kind, id, version, size, sealed[BODY:-8])

@@ -5,8 +5,9 @@ inherit them. They belong to a process and vanish when it closes *any* descripto
 nothing else may open the file in a process that has a `WriterLock` on it.
 
 Byte 0 is the lock. Byte 1 is a turnstile that one waiter holds while it waits for byte 0: who
-releases the lock and wants it again at once queues behind that waiter. Byte 2 is for who flushes
-memory: a second one would find clean pages where the first one's flush failed.
+releases the lock and wants it again at once queues behind that waiter. While somebody may be at
+the turnstile, the shared page's `queued` says so; else nobody needs to look. Byte 2 is for who
+flushes memory: a second one would find clean pages where the first one's flush failed.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Protocol
 
 _LOCK, _TURNSTILE, _FLUSHER = 0, 1, 2
 _POLL_S = 0.001
@@ -60,6 +62,16 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+class Queue(Protocol):
+    """Where processes see that one of them waits for the lock."""
+
+    @property
+    def queued(self) -> int: ...
+
+    @queued.setter
+    def queued(self, value: int) -> None: ...
+
+
 class WriterLock:
     """One process's end of the lock. Its threads must not acquire it at the same time."""
 
@@ -69,6 +81,8 @@ class WriterLock:
         self._waiter: _Waiter | None = None
         self._held = False
         self.users = 1
+        # The shared page, once there is one.
+        self.page: Queue | None = None
 
     def close(self) -> None:
         """Give this end back; the last user closes the file."""
@@ -84,12 +98,9 @@ class WriterLock:
 
     def acquire(self, timeout_s: float) -> bool:
         """Take the lock; returns False when another process kept it for `timeout_s`."""
-        if self._waiter is None and self._try(_TURNSTILE):
-            if self._try(_LOCK):
-                self._free(_TURNSTILE)
-                self._held = True
-                return True
-            self._free(_TURNSTILE)
+        if self._waiter is None and self._try_in_turn():
+            self._held = True
+            return True
         if timeout_s <= 0:
             return False
         waiter = self._wait_in_kernel()
@@ -110,6 +121,19 @@ class WriterLock:
             self._waiter = None
             self._held = True
             return True
+
+    def _try_in_turn(self) -> bool:
+        """Take the lock if it is free and nobody else waits for it."""
+        page = self.page
+        if page is not None and not page.queued:
+            return self._try(_LOCK)
+        if not self._try(_TURNSTILE):
+            return False
+        if page is not None:
+            page.queued = 0  # whoever waited here has died
+        taken = self._try(_LOCK)
+        self._free(_TURNSTILE)
+        return taken
 
     def _wait_in_kernel(self) -> "_Waiter":
         """Let a thread queue for the lock in the kernel, unless one does already."""
@@ -160,7 +184,11 @@ class WriterLock:
         """Wait in the kernel, which queues waiters, for as long as it takes."""
         try:
             self._block(_TURNSTILE)
+            if self.page is not None:
+                self.page.queued = 1
             self._block(_LOCK)
+            if self.page is not None:
+                self.page.queued = 0
             self._free(_TURNSTILE)
         except OSError:
             with self._mutex:

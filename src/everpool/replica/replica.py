@@ -57,6 +57,8 @@ class Replica:
             self.shared = SharedPage(folder / "shared", writable=not read_only)
             self.index = Index(folder / "index", read_only=read_only, create=False)
             self.lock = None if read_only else lock_at(folder / "lock")
+        if self.lock is not None:
+            self.lock.page = self.shared
         self.bulk = BulkFiles(folder)
         self.memories = MemoryFiles(folder)
         self.recent = Recent(self)
@@ -110,11 +112,14 @@ class Replica:
                 row = row._replace(body=bytes(row.body))
             return Found(self.version_of(txn), row)
 
-    def keep(self, txn: lmdb.Transaction, name: str, value: Any) -> None:
-        """Keep an immutable value for readers of the same version."""
-        number, version = self._seen
-        if number != txn.id():
-            version = self.version_of(txn)
+    def keep(self, number: int, name: str, value: Any) -> None:
+        """Keep an immutable value, read by that transaction, for readers of the same version."""
+        seen, version = self._seen
+        if seen != number:
+            with self.index.read() as txn:
+                version = self.version_of(txn)
+                if txn.id() != number:
+                    return  # something was committed since
         kept, values = self.cached
         if kept != version:
             values = dict[str, Any]()

@@ -8,19 +8,26 @@ pages, and the meta page of the commit before. After a power cut the entry behin
 there is one, is played again. It is kept as its row of the tail, with what its additions found:
 memory may have them already.
 
-The slots lie in a value that LMDB stores once, in pages of its own, and never moves. The value
-begins with a mark by which it is found in the file; from the next multiple of 4,096 bytes on there
-are two slots of 256 KiB (integers are little-endian):
+There are two slots of two kinds, since each block that a flush has to write costs time:
+
+* Small rows lie in LMDB's two meta pages, which use up a fraction of their first 512 bytes: from
+  byte 512 of the page on. That of the commit before has to be written anyway.
+* Larger ones lie in a value that LMDB stores once, in pages of its own, and never moves. It begins
+  with a mark by which it is found in the file; from the next multiple of 4,096 bytes on there are
+  two slots of 256 KiB.
+
+The entry that has an even number of others before it is in the first slot of its kind, else in the
+second (integers are little-endian):
 
     offset size
-         0    8  magic, b"EVSLOT1\\0"
+         0    8  magic, b"EVSLOT1\0"
          8    8  XXH3-64 of everything behind this field
         16    8  position: how many entries were before it
         24    8  length of the row
         32    -  the entry's row of the tail (see `index`)
 
-The row of an entry that does not fit in a slot lies in a file of its own, `large-0` or `large-1`,
-made durable first; the slot holds the XXH3-64 of that file, and its length has the highest bit set.
+The row of an entry that fits in neither lies in a file of its own, `large-0` or `large-1`, made
+durable first; a slot holds the XXH3-64 of that file, and its length has the highest bit set.
 """
 
 import contextlib
@@ -36,6 +43,7 @@ from xxhash import xxh3_64_intdigest
 KEY = b"/"
 _SLOT_BYTES = 256 << 10
 _PAGE_BYTES = 4096
+_META_BYTES = 512
 VALUE_BYTES = 2 * _SLOT_BYTES + 2 * _PAGE_BYTES
 _MARK = b"everpool ring of entries, format 1"
 _MARK_BYTES = len(_MARK) + 16
@@ -44,6 +52,7 @@ _VALUE_OFFSET = 16
 _ELSEWHERE = 1 << 63
 _MAGIC = b"EVSLOT1\0"
 _HEADER = struct.Struct("<8sQQQ")
+_REST = struct.Struct("<QQ")
 _CHECKED_FROM = 16
 _SEARCHED_BYTES = 4 << 20
 
@@ -62,11 +71,12 @@ class Ring:
         # LMDB keeps its locks on another file, so closing this descriptor drops none of them.
         self._descriptor = os.open(path, flags | os.O_CLOEXEC)
         self._path = path
-        self._meta_bytes = 2 * env.stat()["psize"]
+        self._page_bytes = env.stat()["psize"]
         with env.begin(buffers=True) as txn:
             value = txn.get(KEY)
             mark = b"" if value is None else bytes(value[:_MARK_BYTES])
         self._start = self._find(mark) if mark else -1
+        self._most_small = self._page_bytes - _META_BYTES - _HEADER.size
 
     def _find(self, mark: bytes) -> int:
         """Return where the slots begin in the file, or -1."""
@@ -87,14 +97,14 @@ class Ring:
         """
         if self._start < 0:
             raise OSError(errno.EUCLEAN, "the index has no ring")
-        header, kept = _HEADER.pack(_MAGIC, 0, position, len(row)), row
-        if _HEADER.size + len(row) > _SLOT_BYTES:
+        length, kept = len(row), row
+        if _HEADER.size + length > _SLOT_BYTES:
             self._write_elsewhere(position, row)
-            header = _HEADER.pack(_MAGIC, 0, position, len(row) | _ELSEWHERE)
-            kept = xxh3_64_intdigest(row).to_bytes(8, "little")
-        data = bytearray(header + kept)
-        data[8:16] = xxh3_64_intdigest(memoryview(data)[_CHECKED_FROM:]).to_bytes(8, "little")
-        os.pwrite(self._descriptor, data, self._offset(position))
+            length, kept = length | _ELSEWHERE, xxh3_64_intdigest(row).to_bytes(8, "little")
+        checked = _REST.pack(position, length) + kept
+        checksum = xxh3_64_intdigest(checked).to_bytes(8, "little")
+        slot = self._slots(position)[len(kept) > self._most_small]
+        os.pwrite(self._descriptor, _MAGIC + checksum + checked, slot)
 
     def _elsewhere(self, position: int) -> Path:
         return self._path.with_name(f"large-{position & 1}")
@@ -126,17 +136,26 @@ class Ring:
         the flush may have made durable, is taken out.
         """
         if self._start >= 0 and forget is not None:
-            os.pwrite(self._descriptor, bytes(_HEADER.size), self._offset(forget))
+            for slot in self._slots(forget):
+                os.pwrite(self._descriptor, bytes(_HEADER.size), slot)
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(self._elsewhere(forget), 0)
-        os.pwrite(self._descriptor, os.pread(self._descriptor, self._meta_bytes, 0), 0)
+        pages = os.pread(self._descriptor, 2 * self._page_bytes, 0)
+        os.pwrite(self._descriptor, pages, 0)
         flush_data(self._descriptor)
 
     def find(self, position: int) -> bytes | None:
         """Return the row of the entry that has `position` others before it."""
         if self._start < 0:
             return None
-        data = os.pread(self._descriptor, _SLOT_BYTES, self._offset(position))
+        for slot in self._slots(position):
+            row = self._read(slot, position)
+            if row is not None:
+                return row
+        return None
+
+    def _read(self, slot: int, position: int) -> bytes | None:
+        data = os.pread(self._descriptor, _SLOT_BYTES, slot)
         if len(data) < _HEADER.size:
             return None
         magic, checksum, stored, length = _HEADER.unpack_from(data)
@@ -156,8 +175,10 @@ class Ring:
                 return row
         return None
 
-    def _offset(self, position: int) -> int:
-        return self._start + (position & 1) * _SLOT_BYTES
+    def _slots(self, position: int) -> tuple[int, int]:
+        """Return where the entry's small slot and its large one are in the file."""
+        second = position & 1
+        return second * self._page_bytes + _META_BYTES, self._start + second * _SLOT_BYTES
 
 
 def flush_data(descriptor: int) -> None:

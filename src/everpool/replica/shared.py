@@ -12,10 +12,11 @@ The file `shared` is one page that every process maps. Integers are little-endia
         52    4  waiting: not 0 when somebody may sleep on `wake`
         56    4  suspect: not 0 when a flush of the index failed and was not made up for
         60    4  unflushed: not 0 when a flush of memory was begun and none has succeeded since
+        64    4  queued: not 0 when somebody may wait for the writer's lock at its turnstile
 
-Only the holder of the writer's lock changes anything but `waiting`, and `unflushed`, which is for
-the holder of the flusher's lock. While `started` equals `applied`, the index is not ahead of
-memory and nobody is writing to it.
+Only the holder of the writer's lock changes anything but `waiting`, `unflushed`, which is for the
+holder of the flusher's lock, and `queued`, which is for who is in the turnstile (see `lock`).
+While `started` equals `applied`, the index is not ahead of memory and nobody is writing to it.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from pathlib import Path
 PAGE_BYTES = 4096
 _MAGIC = b"EVSHARE1"
 _STARTED, _APPLIED, _PID = 3, 4, 5
-_WAKE, _WAITING, _SUSPECT, _UNFLUSHED = 12, 13, 14, 15
+_WAKE, _WAITING, _SUSPECT, _UNFLUSHED, _QUEUED = 12, 13, 14, 15, 16
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine())
 _POLL_S = 0.001
@@ -159,6 +160,14 @@ class SharedPage:
     @unflushed.setter
     def unflushed(self, value: int) -> None:
         self._half_words[_UNFLUSHED] = value
+
+    @property
+    def queued(self) -> int:
+        return self._half_words[_QUEUED]
+
+    @queued.setter
+    def queued(self, value: int) -> None:
+        self._half_words[_QUEUED] = value
 
     def settled(self) -> int:
         """Return the version that memory and index are both at, or -1 during a commit."""

@@ -16,7 +16,7 @@ that every store and addition leaves, so playing twice does no harm.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import lmdb
@@ -52,6 +52,7 @@ from everpool.replica.index import (
     State,
     TailRow,
     encode,
+    ours,
     translate,
     translated,
 )
@@ -75,6 +76,7 @@ from everpool.verdict import (
 # Each entry removes up to this many older ones, so that trimming never comes in bursts.
 _TRIMMED_PER_ENTRY = 3
 _UNTRIMMED_VERSIONS = 1 << 15
+_KNOWN_ROWS = 1 << 12
 # Blocks of memory that have a checksum of their own.
 BLOCK_SHIFT = 16
 
@@ -92,15 +94,21 @@ class Result(NamedTuple):
 class Batch:
     """The index as one entry changes it. The `Catalog` that the judge asks."""
 
-    def __init__(self, replica: Replica, txn: lmdb.Transaction, state: State) -> None:
+    def __init__(self, replica: Replica, txn: lmdb.Transaction, known: "Known | None") -> None:
+        state = replica.index.state(txn) if known is None else known.state
         self._index: Index = replica.index
         self._replica = replica
         self.txn = txn
         self.state = state
-        self.rows: dict[str, NameRow | None] = {}
-        self.memory: dict[int, MemoryRow | None] = {}
+        # Rows as the entry leaves them, and those of them that it changes.
+        self.rows: dict[str, NameRow | None] = {} if known is None else known.rows
+        self.bound: dict[str, NameRow | None] = {}
+        self.memory: dict[int, MemoryRow | None] = {} if known is None else known.memory
         self.changed: set[int] = set()
         self.sessions: dict[bytes, SessionState] = {}
+        self.known_sessions: dict[bytes, SessionState | None] = {}
+        if known is not None:
+            self.known_sessions.update(known.sessions)
         self.garbage: list[str] = []
         self.applied: list[tuple[Effect, Resolved]] = []
         self.trimmed: list[str] = []
@@ -125,8 +133,13 @@ class Batch:
         return None if row is None else row.size
 
     def session(self, session: bytes) -> SessionState | None:
-        known = self.sessions.get(session)
-        return known if known is not None else self._index.session(self.txn, session)
+        changed = self.sessions.get(session)
+        if changed is not None:
+            return changed
+        known = self.known_sessions
+        if session not in known:
+            known[session] = self._index.session(self.txn, session)
+        return known[session]
 
     def apply(self, version: int, effect: Effect) -> Resolved:
         """Put one effect into the index; returns what it came to."""
@@ -183,8 +196,7 @@ class Batch:
             case Unbind(name, id, size):
                 file = _file_of(self._row(name))
                 self.state.names -= 1
-                self.rows[name] = None
-                self._index.delete_name(self.txn, name)
+                self._bind(name, None)
                 if size >= 0:
                     self.memory[id] = None
                     self.changed.discard(id)
@@ -204,6 +216,11 @@ class Batch:
     def finish(self, row: TailRow) -> None:
         """Write the rows that the entry's records share, and trim the tail a little."""
         index, txn, state = self._index, self.txn, self.state
+        for name, bound in sorted(self.bound.items()):  # in the order of the index
+            if bound is None:
+                index.delete_name(txn, name)
+            else:
+                index.put_name(txn, name, bound)
         for session, known in self.sessions.items():
             index.put_session(txn, session, known)
         for id in self.changed:
@@ -211,13 +228,10 @@ class Batch:
             assert memory is not None
             index.put_memory(txn, id, memory)
         limit = min(state.floor, self._flushed)
-        for _ in range(_TRIMMED_PER_ENTRY):
-            popped = index.pop_tail(txn, limit) if limit else None
-            if popped is None:
-                break
-            state.tail_bytes -= popped[1]
-            row.removed += popped[0].garbage
-        self.trimmed = row.removed
+        if limit:
+            trimmed, row.removed = index.trim_tail(txn, limit, _TRIMMED_PER_ENTRY)
+            state.tail_bytes -= trimmed
+            self.trimmed = row.removed
         self.row = encode(row)
         state.tail_bytes += index.put_tail(txn, state.version, self.row)
         index.put_state(txn, state)
@@ -249,10 +263,8 @@ class Batch:
     def _row(self, name: str) -> NameRow | None:
         if name in self.rows:
             return self.rows[name]
-        row = self._index.name(self.txn, name)
-        if row is not None:
-            row = row._replace(body=bytes(row.body) if row.kind != INLINE else b"")
-        self.rows[name] = row
+        found = self._index.name(self.txn, name)
+        row = self.rows[name] = None if found is None else _without_value(found)
         return row
 
     def _memory_row(self, id: int) -> MemoryRow | None:
@@ -267,9 +279,9 @@ class Batch:
         self.changed.add(id)
         return row.name
 
-    def _bind(self, name: str, row: NameRow) -> None:
-        self.rows[name] = row
-        self._index.put_name(self.txn, name, row)
+    def _bind(self, name: str, row: NameRow | None) -> None:
+        self.rows[name] = None if row is None else _without_value(row)
+        self.bound[name] = row
 
     def _pending_stores(self) -> PendingStores:
         if self._pending is None:
@@ -286,6 +298,19 @@ class Batch:
         return payload if isinstance(payload, bytes) else self._replica.bulk.map(payload)
 
 
+class Known(NamedTuple):
+    """What this process's own last commit left: LMDB's number of it, and rows as of then.
+
+    While that is the last transaction of all, they need not be read.
+    """
+
+    number: int
+    state: State
+    sessions: dict[bytes, SessionState]
+    rows: dict[str, NameRow | None]
+    memory: dict[int, MemoryRow | None]
+
+
 class Writer:
     """The one who changes a replica. Call its methods with the writer's lock held."""
 
@@ -293,6 +318,8 @@ class Writer:
         self._replica = replica
         self._judge: Judge | None = None
         self._session = b""
+        self._known: Known | None = None
+        self._written = Written(0)
         # Version, bytes of the tail and flushed version after the last commit.
         self.progress = (0, 0, 0)
 
@@ -333,6 +360,15 @@ class Writer:
         """Commit the entries of the ring that the index lacks: they may be acknowledged."""
         while row := self._replica.index.unplayed():
             self._append(entry_of(row).records, None, row)
+
+    def take_written(self) -> "tuple[int, Written]":
+        """Return the version, with all of it applied, and what is known to be written up to it."""
+        shared = self._replica.shared
+        if shared.suspect or shared.started != shared.applied:
+            self.recover()
+        version = shared.applied
+        taken, self._written = self._written, Written(version)
+        return version, taken
 
     def rewrite(self, after: int) -> None:
         """Write everything after that version to memory again, as after a failed fsync.
@@ -415,23 +451,34 @@ class Writer:
             txn = self._replica.index.env.begin(write=True, buffers=True)
         except lmdb.Error as error:
             raise translate(error, "committing") from error
+        number = txn.id()
+        known, self._known = self._known, None
+        if known is None or known.number != number - 1:
+            known = None  # another process committed since
         batch: Batch | None = None
         try:
-            with translated("committing"):
-                batch, results = self._index(txn, records, flushed, replayed)
-                # Who dies or fails from here on leaves files, which `recover` removes.
-                shared.started = batch.state.version
-                batch.reserve()
-                self._replica.index.ring.put(batch.state.position - 1, batch.row)
-        except BaseException:
+            batch, results = self._index(txn, records, flushed, replayed, known)
+            state = batch.state
+            # Who dies or fails from here on leaves files, which `recover` removes.
+            shared.started = state.version
+            batch.reserve()
+            if replayed is None:  # else the ring has it, and must not lose it meanwhile
+                self._replica.index.ring.put(state.position - 1, batch.row)
+        except BaseException as error:
             self._judge = None
             txn.abort()
             if batch is not None:
                 batch.give_back()
+            if isinstance(error, (lmdb.Error, OSError)):
+                raise ours(error, "committing") from error
             raise
         self._commit(txn, batch, results)
+        self._written.add(state.version - len(results), state.version, batch.applied)
         self._finish(batch)
-        self.progress = (batch.state.version, batch.state.tail_bytes, batch.state.flushed)
+        if len(batch.rows) > _KNOWN_ROWS or len(batch.memory) > _KNOWN_ROWS:
+            batch.rows, batch.memory = {}, {}
+        self._known = Known(number, state, batch.sessions, batch.rows, batch.memory)
+        self.progress = (state.version, state.tail_bytes, state.flushed)
         return results
 
     def _commit(self, txn: lmdb.Transaction, batch: Batch, results: list[Result]) -> None:
@@ -509,10 +556,11 @@ class Writer:
         records: list[Record],
         flushed: "Flushed | None",
         replayed: TailRow | None,
+        known: "Known | None",
     ) -> tuple[Batch, list[Result]]:
-        state = self._replica.index.state(txn)
+        batch = Batch(self._replica, txn, known)
+        state = batch.state
         first_version = state.version + 1
-        batch = Batch(self._replica, txn, state)
         judge = self._judge_for(batch, records)
         if replayed is not None:
             entry, now_ns = entry_of(replayed), replayed.time_ns
@@ -543,16 +591,16 @@ class Writer:
         state.hash = next_hash(state.hash, data)
         state.time_ns = now_ns
         if flushed is not None:
-            self._note_flushed(batch, flushed)
+            self._note_flushed(batch, flushed, first_version)
         batch.finish(TailRow(first_version, state.time_ns, outcomes, data, batch.garbage))
         return batch, results
 
-    def _note_flushed(self, batch: Batch, flushed: "Flushed") -> None:
+    def _note_flushed(self, batch: Batch, flushed: "Flushed", first_version: int) -> None:
         """Keep the checksums of the blocks that nobody wrote to since they were read."""
         index, txn = self._replica.index, batch.txn
-        later = Dirty()
-        for _, row in index.tail_after(txn, flushed.version):
-            later.add_all(effects_of(entry_of(row), row), flushed.version)
+        later = self._written.between(
+            flushed.version, first_version - 1, lambda after: index.tail_after(txn, after)
+        )
         for effect, _ in batch.applied:
             later.add(effect)
         for id, checksums in flushed.blocks.items():
@@ -567,11 +615,10 @@ class Writer:
         """Return a judge that knows all writes since the oldest snapshot it must judge."""
         state, judge = batch.state, self._judge
         self._judge = None  # until this entry is decided
-        oldest = min(
-            (r.snapshot for r in records if r.ranges or r.names or r.prefixes),
-            default=state.version,
-        )
-        oldest = max(oldest, state.floor)
+        oldest = state.version
+        for record in records:
+            if record.snapshot < oldest and (record.ranges or record.names or record.prefixes):
+                oldest = max(record.snapshot, state.floor)
         if judge is None or judge.writes.base > oldest:
             judge = Judge(batch, Writes(oldest), version=oldest, floor=0, next_id=0)
         elif state.version - judge.writes.base > 2 * _UNTRIMMED_VERSIONS:
@@ -602,6 +649,12 @@ def _value_row(id: int, version: int, payload: Payload) -> NameRow:
     if isinstance(payload, bytes):
         return NameRow(INLINE, id, version, len(payload), payload)
     return NameRow(BULK, id, version, payload.size, encode(payload))
+
+
+def _without_value(row: NameRow) -> NameRow:
+    """Return the row to keep: no inline value, no bytes that lie in a page which may move."""
+    kind, id, version, size, body = row
+    return NameRow(kind, id, version, size, b"" if kind == INLINE else bytes(body))
 
 
 def _file_of(row: NameRow | None) -> str:
@@ -641,3 +694,38 @@ class Dirty:
         for version, effect, _ in effects:
             if version > after:
                 self.add(effect)
+
+
+class Written:
+    """What a process's own commits of versions after `base`, up to `top`, wrote to memory.
+
+    It spares reading the tail, as long as no other process commits in between.
+    """
+
+    def __init__(self, base: int) -> None:
+        self.base = self.top = base
+        self._dirty = Dirty()
+
+    def add(self, before: int, version: int, applied: list[tuple[Effect, Resolved]]) -> None:
+        """Note what the entry wrote that led from version `before` to `version`."""
+        if before != self.top:
+            self.base, self._dirty = before, Dirty()
+        for effect, _ in applied:
+            if not isinstance(effect, Bind):
+                self._dirty.add(effect)
+        self.top = version
+
+    def between(
+        self, after: int, up_to: int, tail: Callable[[int], Iterator[tuple[int, TailRow]]]
+    ) -> Dirty:
+        """Return what the versions after `after`, up to `up_to`, wrote, and what is known of
+        earlier ones. `tail` yields the entries behind a version, for what is not known.
+        """
+        dirty = self._dirty
+        for low, high in ((after, min(self.base, up_to)), (max(after, self.top), up_to)):
+            if low < high:
+                for last, row in tail(low):
+                    dirty.add_all(effects_of(entry_of(row), row), low)
+                    if last >= high:
+                        break
+        return dirty
