@@ -21,6 +21,8 @@ from support.processes import call
 
 LIMIT_S = 30.0
 _META_BYTES = 8192
+# Behind LMDB's own bytes, in the first sector of each, entries may lie.
+_SECTOR_BYTES = 512
 
 
 def own_process(test: Callable[..., None]) -> Callable[..., None]:
@@ -60,9 +62,11 @@ def meta_pages(path: Path) -> bytes:
 
 
 def cut_power(path: Path, pages: bytes) -> None:
-    """Take back every change of the meta pages since `pages` were read."""
+    """Take back every change of what LMDB has in the meta pages since `pages` were read."""
     with open(path / "index" / "data.mdb", "r+b") as file:
-        file.write(pages)
+        for start in range(0, _META_BYTES, _META_BYTES // 2):
+            file.seek(start)
+            file.write(pages[start : start + _SECTOR_BYTES])
 
 
 def new_boot() -> None:
