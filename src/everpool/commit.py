@@ -38,6 +38,8 @@ _BATCH_BYTES = 4 << 20
 _QUEUE_RECORDS = 4096
 _QUEUE_BYTES = 64 << 20
 _LINGER_S = 0.001
+_GATHER_S = 0.001
+_HURRIED_BATCHES = 32
 _RECORD_BYTES = 200
 
 
@@ -65,6 +67,11 @@ class Submission:
                 payload = operation.payload
                 found += len(payload) if isinstance(payload, bytes) else 0
         return found
+
+    @property
+    def waited(self) -> bool:
+        """Whether a thread waits for it."""
+        return self._woken is not None
 
     def done(self) -> bool:
         return self.result is not None or self.error is not None
@@ -227,6 +234,9 @@ class Committer:
         self._work = threading.Event()
         self._thread: threading.Thread | None = None
         self._server = 0
+        # The queue's length at which its thread is woken, and how many batches it will not gather.
+        self._enough = 1
+        self._hurry = 0
         self._closed = False
 
     def commit(self, submission: Submission) -> None:
@@ -263,7 +273,7 @@ class Committer:
                 self._thread = thread
             self._queue.append(submission)
             self._queue_bytes += submission.size()
-        if not self._work.is_set():
+        if len(self._queue) >= self._enough and not self._work.is_set():
             self._work.set()
 
     def drain(self) -> None:
@@ -338,6 +348,8 @@ class Committer:
                         crowd = len(batch) > 1
                         self._run(batch)
                         self._running = []
+                        if crowd:
+                            self._gather(sum(submission.waited for submission in batch))
                     # One thread alone commits by itself, faster, when it finds nobody here.
                     elif self._closed or not crowd or not self._work.wait(_LINGER_S):
                         break
@@ -345,6 +357,23 @@ class Committer:
                     self._work.set()
             if self._closed and not self._queue:
                 return
+
+    def _gather(self, threads: int) -> None:
+        """Let the threads that were just answered come back, so that one flush does for all.
+
+        While they do, this thread keeps out of their way, which saves more than the flush. When
+        most of them had other things to do, it does not wait again for a while.
+        """
+        if self._hurry:
+            self._hurry -= 1
+            return
+        self._enough = threads
+        self._work.clear()
+        if len(self._queue) < threads:
+            self._work.wait(_GATHER_S)
+        self._enough = 1
+        if 2 * len(self._queue) < threads:
+            self._hurry = _HURRIED_BATCHES
 
     def _take(self) -> list[Submission]:
         with self._mutex:

@@ -18,7 +18,7 @@ from everpool.memory import Array, Memory, ValueArray, open_array
 from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, RecordId, check_name
 from everpool.replica.bulk import Staged
 from everpool.replica.index import BODY, INLINE, MEMORY, NameRow
-from everpool.replica.replica import Replica
+from everpool.replica.replica import MOST_KEPT, Replica
 from everpool.replica.verify import Report, verify_folder
 from everpool.transaction import Transaction, check_size
 from everpool.watch import Watch
@@ -371,10 +371,10 @@ class Pool(MutableMapping[str, Any]):
             engine = self.engine()
         if type(name) is str:
             replica = engine.replica
-            version, cached = replica.cached
+            version, kept_number, kept = replica.kept
             # While nothing was committed since, an immutable value that was read still is it.
-            if version == replica.quiet():
-                found = cached.get(name, _MISSING)
+            if version == replica.shared.settled() and replica.trusted:
+                found = kept.get(name, _MISSING)
                 if found is not _MISSING:
                     return found
             known = replica.index.inline(name)
@@ -387,7 +387,10 @@ class Pool(MutableMapping[str, Any]):
                     if type(found) not in _IMMUTABLE:
                         return found
                 if len(row) <= _CACHED_BYTES:
-                    replica.keep(number, name, found)
+                    if number != kept_number:
+                        kept = replica.keep(number).values
+                    if len(kept) < MOST_KEPT:
+                        kept[name] = found
                 return found
         return self._find_any(check_name(name), engine.replica)
 

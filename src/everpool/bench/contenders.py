@@ -8,7 +8,6 @@ request) it does each time.
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,13 +81,10 @@ class EverpoolStore:
 
     def put_pipelined(self, keys: Sequence[str], value: bytes) -> None:
         """Commit one transaction per key without waiting; return when all are durable."""
-        committed: list[Future[int]] = []
         for key in keys:
             with self.pool.transaction(wait=False) as tx:
                 tx[key] = value
-            committed.append(tx.committed)
-        for future in committed:
-            future.result()
+        self.pool.sync()
 
     def close(self) -> None:
         self.pool.close()

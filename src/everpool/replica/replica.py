@@ -37,7 +37,10 @@ from everpool.verdict import Add, Effect, Store, Writes, find_conflict, note_eff
 
 _READ_TRIES = 100
 _STALE_FILE_TRIES = 20
-_CACHED_VALUES = 1 << 14
+# So many small values are kept until somebody commits.
+MOST_KEPT = 1 << 12
+# Unlike any version, and unlike the -1 of a commit in flight.
+_NEVER = -2
 
 
 class Found(NamedTuple):
@@ -45,6 +48,14 @@ class Found(NamedTuple):
 
     version: int
     row: NameRow | None
+
+
+class Kept(NamedTuple):
+    """Small immutable values as of one version, and LMDB's number of what led to it."""
+
+    version: int
+    number: int
+    values: dict[str, Any]
 
 
 class Replica:
@@ -64,8 +75,7 @@ class Replica:
         self.recent = Recent(self)
         self.trusted = self.shared.trusted()
         self._seen = (-1, 0)
-        # Small immutable values, as of the version that comes first.
-        self.cached: tuple[int, dict[str, Any]] = (-1, {})
+        self.kept = Kept(_NEVER, _NEVER, {})
 
     def close(self) -> None:
         """Close what can be closed; mappings that are in use live on."""
@@ -112,20 +122,16 @@ class Replica:
                 row = row._replace(body=bytes(row.body))
             return Found(self.version_of(txn), row)
 
-    def keep(self, number: int, name: str, value: Any) -> None:
-        """Keep an immutable value, read by that transaction, for readers of the same version."""
-        seen, version = self._seen
-        if seen != number:
+    def keep(self, number: int) -> "Kept":
+        """Return where to keep immutable values that LMDB's transaction `number` has read."""
+        kept = self.kept
+        if kept.number != number:
             with self.index.read() as txn:
                 version = self.version_of(txn)
-                if txn.id() != number:
-                    return  # something was committed since
-        kept, values = self.cached
-        if kept != version:
-            values = dict[str, Any]()
-            self.cached = (version, values)
-        if len(values) < _CACHED_VALUES:
-            values[name] = value
+                # Of no version, when something was committed since: nobody will look into it.
+                kept = Kept(version, number, {}) if txn.id() == number else Kept(_NEVER, number, {})
+            self.kept = kept
+        return kept
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names under `prefix` in order. Each 8,192 names are of one version."""
