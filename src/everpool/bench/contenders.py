@@ -7,8 +7,10 @@ request) it does each time.
 
 import os
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
 import lmdb
@@ -204,6 +206,44 @@ class AppendFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class GroupAppend:
+    """The least that threads which share a flush must do: one thread appends and flushes what the
+    others have handed to it, and wakes them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = AppendFile(path)
+        self._waiting: deque[Any] = deque()
+        self._work = Event()
+        self._closed = False
+        self._leader = Thread(target=self._serve, daemon=True)
+        self._leader.start()
+
+    def append(self) -> None:
+        woken = Lock()
+        woken.acquire()
+        self._waiting.append(woken)
+        if not self._work.is_set():
+            self._work.set()
+        woken.acquire()
+
+    def close(self) -> None:
+        self._closed = True
+        self._work.set()
+        self._leader.join()
+        self._file.close()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._work.wait()
+            self._work.clear()
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                self._file.append()
+                for woken in batch:
+                    woken.release()
 
 
 def open_store(kind: str, folder: Path, redis_port: int) -> Store:

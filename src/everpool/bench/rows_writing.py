@@ -1,16 +1,26 @@
 """Rows about durable writing: small commits, many at once, and bulk."""
 
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from everpool.bench.children import SYNC_FILE_RANGE, Child, write_file
-from everpool.bench.contenders import AppendFile, EverpoolStore, LmdbStore, RedisStore, Store
+from everpool.bench.contenders import (
+    AppendFile,
+    EverpoolStore,
+    GroupAppend,
+    LmdbStore,
+    RedisStore,
+    Store,
+)
 from everpool.bench.lab import (
     GIB,
     MIB,
@@ -26,6 +36,7 @@ from everpool.bench.measure import Contender, timed
 VALUE = bytes(range(128))
 LIMIT = "append + fdatasync"
 REDIS_PIECE = 64 * MIB
+RAM_DISK = "/dev/shm"
 
 
 def appending(lab: Lab) -> Contender:
@@ -88,6 +99,21 @@ def commit_one(lab: Lab) -> Iterator[Contender]:
     yield Contender("Everpool, a value", "everpool", timed(committing(pool), turn_s))
     array = pool.pool.allocate_array("array", (MIB // 8,), "int64")
     yield Contender("Everpool, 8 bytes", "everpool", timed(writing_words(array), turn_s))
+    if os.path.isdir(RAM_DISK):
+        # What is left of a commit when the disk costs nothing: the interpreter, and copying.
+        folder = lab.keep(RamFolder())
+        in_ram = lab.keep(EverpoolStore(folder.path))
+        yield Contender("Everpool, without a disk", "everpool", timed(committing(in_ram), turn_s))
+
+
+class RamFolder:
+    """A folder in RAM."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="everpool-bench-", dir=RAM_DISK))
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 class Crew:
@@ -148,6 +174,14 @@ def commit_threads(lab: Lab) -> Iterator[Contender]:
         return timed(lab.keep(Crew(workers)).run, turn_s)
 
     yield appending(lab)
+    group = lab.keep(GroupAppend(lab.path("appended-in-groups")))
+
+    def hand_over(count: int) -> None:
+        for _ in range(count):
+            group.append()
+
+    bare = timed(lab.keep(Crew([hand_over] * threads)).run, turn_s)
+    yield Contender("the same in groups, all threads", "limit", bare)
     lmdb_store = lab.keep(LmdbStore(lab.path("lmdb")))
     yield Contender("raw LMDB", "peer", crew([lmdb_store] * threads))
     if server := lab.redis():
