@@ -923,3 +923,134 @@ def test_a_large_value_replaced_in_its_transaction_leaves_no_file(path: Path) ->
     assert pool["a"] == b"x" * (1 << 17)
     assert len(list((path / "values").iterdir())) == 1
     assert not list((path / "staging").iterdir())
+
+
+# Waiters, callbacks and flushes
+
+
+class Page:
+    queued = 0
+
+
+@own_process
+def test_a_waiter_that_comes_late_is_no_second_holder(path: Path) -> None:
+    """Its process got the lock otherwise meanwhile, and gave it back."""
+    file = path.parent / "lock"
+    mine = WriterLock(file)
+    mine.page = Page()
+    stopped, other = Child(take_byte, file, 1), Child(try_byte, file)
+    slow, go, free = threading.Event(), threading.Event(), mine._free
+
+    def free_slowly(byte: int) -> None:
+        free(byte)
+        if byte == 1 and threading.current_thread().name == "everpool-lock":
+            slow.set()
+            go.wait(10)
+
+    with ending(stopped, other):
+        stopped.receive()
+        mine.page.queued = 1
+        mine._free = free_slowly  # type: ignore[method-assign]
+        assert mine.acquire(5)
+        stopped.kill()
+        assert slow.wait(5)
+        mine.release()
+        threading.Timer(0.01, go.set).start()
+        assert mine.acquire(5)
+        other.send("try")
+        assert other.receive() is False
+
+
+def take_byte(link: Connection, file: Path, byte: int) -> None:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, byte)
+    link.send("taken")
+    time.sleep(60)
+
+
+def try_byte(link: Connection, file: Path) -> None:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+    link.recv()
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        link.send(True)
+    except OSError:
+        link.send(False)
+
+
+@own_process
+def test_a_flush_that_ends_at_once_is_not_the_last(path: Path) -> None:
+    flush.FLUSH_VERSIONS = 1
+    pool = everpool.open(path)
+    committer = pool.engine().committer
+    starts = threading.Thread.start
+
+    def start_and_wait(self: threading.Thread) -> None:
+        starts(self)
+        if self.name == "everpool-flush":
+            self.join()
+
+    def refused(self: Committer, timeout_s: float) -> None:
+        raise UnavailableError("another process flushes")
+
+    threading.Thread.start = start_and_wait  # type: ignore[method-assign]
+    Committer._flush = refused  # type: ignore[method-assign]
+    for number in range(5):
+        pool["x"] = number
+        assert not committer._flush_begun
+
+
+@own_process
+def test_callbacks_that_read_or_pipeline_do_not_wait_for_themselves(path: Path) -> None:
+    pool = everpool.open(path)
+    memory = pool.allocate("m", 8)
+    found: list[Any] = []
+
+    def called(_: Any) -> None:
+        pool.engine().committer.recover(wait=False)
+        found.append(bytes(memory.view()))
+        for number in range(5000):
+            with pool.transaction(wait=False) as tx:
+                tx["z"] = number
+        try:
+            pool.verify()
+        except InvalidError as error:
+            found.append(error.kind)
+        through.set()
+
+    through = threading.Event()
+    with pool.transaction(wait=False) as tx:
+        tx["x"] = 1
+    with held_back(pool):
+        tx.committed.add_done_callback(called)
+    assert through.wait(20)
+    pool.sync()
+    assert found == [bytes(8), "invalid"] and pool["z"] == 4999
+
+
+@own_process
+def test_verify_gives_no_false_alarm_when_a_flush_comes_between_its_looks(path: Path) -> None:
+    pool = everpool.open(path)
+    memory = pool.allocate("m", 1 << 16)
+    memory.write(0, b"one")
+    pool.engine().flush()
+    memory.write(0, b"two")
+    whole, looks = verify.block_checksum, []
+
+    def checksum(view: Any, block: int) -> int:
+        found = whole(view, block)
+        looks.append(block)
+        if len(looks) == 2:
+            call(write_and_flush_at, path)
+        return found
+
+    verify.block_checksum = checksum
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = verify._Checker(path).run(False)
+    assert code == 0 and len(looks) > 2, said.getvalue()
+
+
+def write_and_flush_at(path: Path) -> None:
+    with everpool.open(path) as pool:
+        pool.memory("m").write(0, b"three")
+        pool.engine().flush()

@@ -24,6 +24,7 @@ from everpool.errors import (
     NotFoundError,
     UnavailableError,
 )
+from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.records import Put, Record, RecordId, Write
 from everpool.replica.bulk import BulkFiles, Staged
 from everpool.replica.flush import Flusher
@@ -206,7 +207,8 @@ class Turn:
 
     def __enter__(self) -> None:
         with self._gate:
-            self._lock.acquire()
+            while not self._lock.acquire(timeout=NOTICE_S):
+                check()
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
@@ -242,26 +244,30 @@ class Committer:
     def commit(self, submission: Submission) -> None:
         """Commit and return when the outcome is known."""
         self._refuse_in_callback()
-        if not self._queue and self._leader.take():
-            try:
-                if not self._queue:
-                    if self._closed:
-                        raise ClosedError("the pool is closed: open it again")
-                    self._run([submission])
-                    return
-            finally:
-                self._leader.release()
-                if self._queue:
-                    self._work.set()
-        submission.prepare_wait()
-        self.enqueue(submission)
+        with deferred():
+            if not self._queue and self._leader.take():
+                try:
+                    if not self._queue:
+                        if self._closed:
+                            raise ClosedError("the pool is closed: open it again")
+                        self._run([submission])
+                        return
+                finally:
+                    self._leader.release()
+                    if self._queue:
+                        self._work.set()
+            submission.prepare_wait()
+            self.enqueue(submission)
         submission.wait()
 
     def enqueue(self, submission: Submission) -> None:
         """Queue the submission; waits while too much is queued."""
-        with self._mutex:
+        with deferred(), self._mutex:
             while len(self._queue) >= _QUEUE_RECORDS or self._queue_bytes >= _QUEUE_BYTES:
-                self._room.wait()
+                if self._is_serving():
+                    break  # a callback, in the one thread that makes room
+                if not self._room.wait(NOTICE_S):
+                    check()
             if self._closed:
                 raise ClosedError("the pool is closed: open it again")
             if self._thread is None:
@@ -273,8 +279,8 @@ class Committer:
                 self._thread = thread
             self._queue.append(submission)
             self._queue_bytes += submission.size()
-        if len(self._queue) >= self._enough and not self._work.is_set():
-            self._work.set()
+            if len(self._queue) >= self._enough and not self._work.is_set():
+                self._work.set()
 
     def drain(self) -> None:
         """Return when everything submitted before has an outcome."""
@@ -282,9 +288,9 @@ class Committer:
         with self._mutex:
             last = self._queue[-1] if self._queue else None
         if last is not None:
-            with contextlib.suppress(BaseException):
+            with contextlib.suppress(Exception):
                 last.future().exception()
-        with self._leader:
+        with deferred(), self._leader:
             pass
 
     def recover(self, *, wait: bool) -> None:
@@ -292,7 +298,10 @@ class Committer:
 
         With `wait`, waits for the writer's lock; else leaves it to a live writer.
         """
-        with self._leader:
+        if self._is_serving() and not wait:
+            return  # a callback: this thread goes on as soon as that is done
+        self._refuse_in_callback()
+        with deferred(), self._leader:
             if wait:
                 self._acquire_in_time()
             elif not self._acquire(0):
@@ -304,10 +313,11 @@ class Committer:
 
     def flush(self) -> None:
         """Make mapped memory durable and trim the tail."""
+        self._refuse_in_callback()
         self._flush(self._timeout_s)
 
     def _flush(self, timeout_s: float) -> None:
-        with self._flushing:
+        with deferred(), self._flushing:
             if self._closed:
                 raise ClosedError("the pool is closed: open it again")
             if not self._lock.acquire_flusher(timeout_s):
@@ -323,9 +333,10 @@ class Committer:
     def close(self) -> None:
         """Commit what is queued, and stop."""
         self.drain()
-        with self._leader, self._mutex:
-            self._closed = True
-        self._work.set()
+        with deferred():
+            with self._leader, self._mutex:
+                self._closed = True
+            self._work.set()
         if self._thread is not None:
             self._thread.join()
         with self._flushing:
@@ -427,12 +438,13 @@ class Committer:
         finally:
             self._lock.release()
         if not self._flush_begun and self._flusher.due(*self._writer.progress):
-            thread = threading.Thread(
-                target=self._flush_quietly, name="everpool-flush", daemon=True
-            )
-            with contextlib.suppress(RuntimeError):  # no more threads: a later commit tries again
-                thread.start()
-                self._flush_begun = True
+            self._flush_begun = True
+            try:
+                threading.Thread(
+                    target=self._flush_quietly, name="everpool-flush", daemon=True
+                ).start()
+            except RuntimeError:  # no more threads: a later commit tries again
+                self._flush_begun = False
         return results
 
     def _flush_quietly(self) -> None:
@@ -443,16 +455,20 @@ class Committer:
         finally:
             self._flush_begun = False
 
+    def _is_serving(self) -> bool:
+        """Whether this is the thread that commits, in a callback of a future."""
+        return threading.get_ident() == self._server
+
     def _refuse_in_callback(self) -> None:
         """Raise `InvalidError` in the thread that commits: it would wait for itself."""
-        if threading.get_ident() == self._server:
+        if self._is_serving():
             raise InvalidError(
                 "a callback of a transaction's future cannot commit, sync or close: hand it to "
                 "another thread"
             )
 
     def _holding_lock(self, work: Callable[[], T]) -> T:
-        with self._leader:
+        with deferred(), self._leader:
             self._acquire_in_time()
             try:
                 return work()

@@ -14,6 +14,7 @@ from typing import Any
 
 from everpool.commit import Committer, Submission, reset_after_fork
 from everpool.errors import CorruptionError, InvalidError, UnavailableError
+from everpool.interrupts import deferred
 from everpool.records import Fence, Record, RecordId, session_start
 from everpool.replica import layout
 from everpool.replica.bulk import Staged
@@ -212,7 +213,7 @@ _inherited: list[Engine] = []
 
 def acquire(folder: Path, *, create: bool, read_only: bool, timeout_s: float) -> Engine:
     """Return this process's engine for the pool in `folder`; pair it with `release`."""
-    with _mutex:
+    with deferred(), _mutex:
         if create and not read_only and not layout.is_pool(folder):
             layout.create_pool(folder, timeout_s)
         marker = layout.read_marker(folder)
@@ -239,7 +240,7 @@ def acquire(folder: Path, *, create: bool, read_only: bool, timeout_s: float) ->
 
 def release(engine: Engine) -> None:
     """Give the engine back; the last user closes it."""
-    with _mutex:
+    with deferred(), _mutex:
         if engine.generation != generation:
             return
         engine.users -= 1

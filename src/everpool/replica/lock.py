@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from everpool.interrupts import check
+
 _LOCK, _TURNSTILE, _FLUSHER = 0, 1, 2
 _POLL_S = 0.001
 _PATIENCE_S = 0.05
@@ -107,6 +109,11 @@ class WriterLock:
         deadline = time.monotonic() + timeout_s
         patience_s = _PATIENCE_S
         while not waiter.acquired.wait(min(patience_s, max(0.0, deadline - time.monotonic()))):
+            try:
+                check()
+            except BaseException:
+                waiter.wanted = False
+                raise
             # Who holds the turnstile may have been stopped there, with the lock itself free.
             with self._mutex:
                 if self._try(_LOCK):
@@ -182,25 +189,29 @@ class WriterLock:
 
     def _wait(self, waiter: "_Waiter") -> None:
         """Wait in the kernel, which queues waiters, for as long as it takes."""
-        try:
-            self._block(_TURNSTILE)
-            if self.page is not None:
-                self.page.queued = 1
-            self._block(_LOCK)
-            if self.page is not None:
-                self.page.queued = 0
-            self._free(_TURNSTILE)
-        except OSError:
+        while True:
+            try:
+                self._block(_TURNSTILE)
+                if self.page is not None:
+                    self.page.queued = 1
+                self._block(_LOCK)
+                if self.page is not None:
+                    self.page.queued = 0
+                self._free(_TURNSTILE)
+            except OSError:
+                with self._mutex:
+                    self._waiter = None
+                return
             with self._mutex:
-                self._waiter = None
-            return
-        with self._mutex:
-            if waiter.wanted:
-                waiter.acquired.set()
-            else:
-                if not self._held:
-                    self._free(_LOCK)
-                self._waiter = None
+                if not waiter.wanted:
+                    if not self._held:
+                        self._free(_LOCK)
+                    self._waiter = None
+                    return
+                # This process may have had the lock otherwise, and released it since.
+                if self._try(_LOCK):
+                    waiter.acquired.set()
+                    return
 
     def _block(self, byte: int) -> None:
         while True:

@@ -27,6 +27,7 @@ from everpool.replica.replica import Replica
 from everpool.replica.writer import BLOCK_SHIFT, Dirty
 
 _REPORT_EVERY_S = 0.1
+_LOOKS = 100
 
 
 class Damage(NamedTuple):
@@ -212,13 +213,7 @@ class _Checker:
             block for block, expected in checksums.items() if self._differs(view, block, expected)
         ]
         for block in suspects:
-            # The bytes first: what is written to them later shows in the tail.
-            found = block_checksum(view, block)
-            with replica.index.read() as txn:
-                expected = replica.index.block_checksums(txn, row.id).get(block)
-            if expected is None or found == expected:
-                continue
-            if block not in self._written_since_flush(row.id) and self._same(name, row):
+            if self._is_damaged(view, row.id, block) and self._same(name, row):
                 start = block << BLOCK_SHIFT
                 end = min(start + (1 << BLOCK_SHIFT), row.size)
                 self.damage(name, f"bytes {start} to {end} do not match their checksum")
@@ -227,14 +222,30 @@ class _Checker:
         self.count(1 << BLOCK_SHIFT)
         return block_checksum(view, block) != expected
 
-    def _written_since_flush(self, id: int) -> set[int]:
-        """Return the blocks whose checksums are older than their bytes."""
-        dirty, index = Dirty(), self.replica.index
-        with index.read() as txn:
-            flushed = index.state(txn).flushed
-            for _, row in index.tail_after(txn, flushed):
-                dirty.add_all(effects_of(entry_of(row), row), flushed)
-        return dirty.blocks.get(id, set())
+    def _is_damaged(self, view: memoryview, id: int, block: int) -> bool:
+        """Whether a block is not what was flushed, and nothing was stored in it since.
+
+        The bytes are read first: what is stored in them later shows in the tail, unless there was
+        a flush in between.
+        """
+        index = self.replica.index
+        for _ in range(_LOOKS):
+            before = self.replica.state().flushed
+            found = block_checksum(view, block)
+            with index.read() as txn:
+                flushed = index.state(txn).flushed
+                if flushed != before:
+                    continue
+                expected = index.block_checksums(txn, id).get(block)
+                dirty = Dirty()
+                for _, row in index.tail_after(txn, flushed):
+                    dirty.add_all(effects_of(entry_of(row), row), flushed)
+            return (
+                expected is not None
+                and found != expected
+                and block not in dirty.blocks.get(id, set())
+            )
+        return False  # flushed all the time: the next check will tell
 
 
 def main() -> None:
