@@ -1030,11 +1030,11 @@ def test_callbacks_that_read_or_pipeline_do_not_wait_for_themselves(path: Path) 
 
 @own_process
 def test_verify_gives_no_false_alarm_when_a_flush_comes_between_its_looks(path: Path) -> None:
-    pool = everpool.open(path)
-    memory = pool.allocate("m", 1 << 16)
-    memory.write(0, b"one")
-    pool.engine().flush()
-    memory.write(0, b"two")
+    with everpool.open(path) as pool:
+        memory = pool.allocate("m", 1 << 16)
+        memory.write(0, b"one")
+        pool.engine().flush()
+        memory.write(0, b"two")
     whole, looks = verify.block_checksum, []
 
     def checksum(view: Any, block: int) -> int:
