@@ -7,12 +7,16 @@ for something in there calls `check` now and then, which is a good moment.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+_SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGALRM))
+# Where there is one, without the detour through enums, which costs more than the calls themselves.
+_plain: Any = sys.modules.get("_signal", signal)
+_get, _set = _plain.getsignal, _plain.signal
 # How long somebody may wait without a look.
 NOTICE_S = 0.05
 _depth = 0
@@ -33,10 +37,10 @@ class deferred:
             return
         if _depth == 0:
             for number in _SIGNALS:
-                handler = signal.getsignal(number)
+                handler = _get(number)
                 if callable(handler):
                     _handlers[number] = handler
-                    signal.signal(number, _hold)
+                    _set(number, _hold)
         self._outermost = True
         _depth += 1
 
@@ -54,7 +58,7 @@ def _restore() -> None:
         return
     number, handler = _handlers.popitem()
     try:
-        signal.signal(number, handler)
+        _set(number, handler)
         if number in _pending:
             _pending.remove(number)
             handler(number, None)
