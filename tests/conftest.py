@@ -1,9 +1,12 @@
-"""Hypothesis profiles, and explained assertions in the public suites."""
+"""Hypothesis profiles, explained assertions in the public suites, and the S3 server."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from support.s3 import Server, serving
 
 pytest.register_assert_rewrite("everpool.testing")
 
@@ -15,3 +18,10 @@ _common = {
 settings.register_profile("ci", max_examples=60, stateful_step_count=40, **_common)
 settings.register_profile("soak", max_examples=2000, stateful_step_count=80, **_common)
 settings.load_profile("soak" if os.environ.get("EVERPOOL_SOAK") == "1" else "ci")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Server]:
+    """The S3 server that all tests share; each makes a bucket of its own."""
+    with serving() as server:
+        yield server

@@ -6,7 +6,11 @@ all, durability, and an end that is not stale. It may deliver an entry twice whe
 it twice: duplicates, gaps and reordered entries of a session are sorted out by the verdict.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
+
+NOTE_BYTES = 16 << 10
+"""How long the note of a trim may be."""
 
 
 class Appended(NamedTuple):
@@ -15,6 +19,18 @@ class Appended(NamedTuple):
     position: int
     time_ns: int
     entry: bytes
+
+
+class End(NamedTuple):
+    """Where a log ends and where it begins.
+
+    The last entry is at `position` (0: there never was one). Entries up to `trimmed` may be gone:
+    who has not played them begins with `start`, the note that came with the trim.
+    """
+
+    position: int
+    trimmed: int
+    start: bytes
 
 
 class Log(Protocol):
@@ -55,12 +71,12 @@ class Log(Protocol):
         """
         ...
 
-    def end(self) -> int:
-        """Return the position of the last entry, 0 for an empty log; never a stale one.
+    def end(self) -> End:
+        """Return where the log ends and begins; never a stale answer.
 
         Every entry whose `append` returned before this call, anywhere, stands at or before the
-        position returned. Who has played the log up to it has seen them all. Raises
-        `UnavailableError` when this cannot be learned now.
+        position returned, and every `trim` that returned is in it. Who has played the log up to
+        that position has seen them all. Raises `UnavailableError` when this cannot be learned now.
         """
         ...
 
@@ -68,13 +84,28 @@ class Log(Protocol):
         """Wait until `read(after)` has something to return; False when `timeout_s` ran out."""
         ...
 
-    def trim(self, position: int) -> None:
+    def trim(self, position: int, start: bytes) -> None:
         """Allow the engine to drop the entries up to `position`, which a checkpoint covers.
 
-        Positions are never given out again. Trimming less, later or twice is harmless.
+        `start` says where that checkpoint is, in at most 16 KiB that the engine does not look
+        into; `end` returns it. Positions are never given out again. A trim of less than was
+        trimmed already changes nothing; trimming later or twice is harmless.
+
+        Raises `UnavailableError` when it could not be done or its answer was lost: call it again.
         """
         ...
 
     def close(self) -> None:
         """Release what the engine holds; calls that wait are woken. May be called twice."""
+        ...
+
+
+class ArchivedLog(Log, Protocol):
+    """A log that keeps what was trimmed, until it is collected."""
+
+    def history(self, after: int, last: int | None = None) -> Iterator[Appended]:
+        """Yield the entries behind `after`, trimmed or not, up to `last`, or to the end.
+
+        Raises `NotFoundError` for entries that were collected.
+        """
         ...

@@ -10,14 +10,17 @@ import struct
 from everpool.log import Appended
 from everpool.records import (
     Allocate,
+    Checkpoint,
     Delete,
     Fence,
     FetchAdd,
     Floor,
     Operation,
     Payload,
+    Pin,
     Put,
     RecordId,
+    Unpin,
     Write,
     decode_entry,
 )
@@ -70,7 +73,7 @@ class Model:
                     old = self.bytes_of(id, offset, offset + len(delta)) or b""
                     self._store(created, object, offset, _sum(old, delta, dtype))
                     results.append(old)
-                case Floor() | Fence():
+                case Floor() | Fence() | Checkpoint() | Pin() | Unpin():
                     pass
         return results
 

@@ -99,7 +99,7 @@ class World:
 
     def _arrive(self, entry: bytes) -> None:
         self.in_flight -= 1
-        before = self.log.end()
+        before = self.log.end().position
         position = self.log.append(entry)
         found = self.log.read(before)
         demand([item.position for item in found] == [position], "an append is one entry")
@@ -111,7 +111,7 @@ class World:
         kept.append((replica.position, replica.checkpoint()))
         self.happened("checkpoint")
         if self.rng.random() < 0.5:
-            self.log.trim(sorted(kept)[-2:][0][0])
+            self.log.trim(sorted(kept)[-2:][0][0], b"")
 
     def newest_checkpoint(self) -> bytes | None:
         """Return the checkpoint of the latest position."""
