@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +23,18 @@ import numpy as np
 import pytest
 
 import everpool
-from everpool import ClosedError, CommitUnknownError, ConflictError, InvalidError, UnavailableError
-from everpool.commit import Committer
+from everpool import (
+    ClosedError,
+    CommitUnknownError,
+    ConflictError,
+    InvalidError,
+    UnavailableError,
+    commit,
+)
+from everpool.commit import Committer, Submission
 from everpool.embedded import Engine
 from everpool.records import Put, Record, RecordId, Write
-from everpool.replica import flush, ring, verify, writer
+from everpool.replica import applier, flush, ring, verify
 from everpool.replica.bulk import BulkFiles
 from everpool.replica.flush import Flusher
 from everpool.replica.lock import WriterLock
@@ -325,7 +333,7 @@ def test_a_failing_discard_does_not_end_the_commit_thread(path: Path) -> None:
 @own_process
 def test_an_old_snapshot_is_judged_although_a_flush_is_late(path: Path) -> None:
     Flusher.due = lambda *_: False
-    writer._UNTRIMMED_VERSIONS = 16
+    applier._UNTRIMMED_VERSIONS = 16
     pool = everpool.open(path)
     pool.update({"x": 1, "other": 0})
     old = pool.transaction()
@@ -1054,3 +1062,20 @@ def write_and_flush_at(path: Path) -> None:
     with everpool.open(path) as pool:
         pool.memory("m").write(0, b"three")
         pool.engine().flush()
+
+
+@own_process
+def test_an_outcome_that_comes_while_its_future_is_made(path: Path) -> None:
+    pool = everpool.open(path)
+    with pool.transaction() as tx:
+        tx["a"] = 1
+    done = tx._submission
+    late = Submission(done.record, [])
+
+    class Overtaken(Future):  # type: ignore[type-arg]
+        def set_running_or_notify_cancel(self) -> bool:
+            late.settle(done.result, None, pool.engine().replica.bulk)
+            return super().set_running_or_notify_cancel()
+
+    commit.Future = Overtaken  # type: ignore[misc]
+    assert late.future().result(5) == tx.version

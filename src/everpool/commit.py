@@ -26,12 +26,13 @@ from everpool.errors import (
 )
 from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.records import Put, Record, RecordId, Write
+from everpool.replica.batch import Result
 from everpool.replica.bulk import BulkFiles, Staged
 from everpool.replica.flush import Flusher
 from everpool.replica.index import translate_os
 from everpool.replica.lock import WriterLock
 from everpool.replica.replica import Replica
-from everpool.replica.writer import Result, Writer
+from everpool.replica.writer import Writer
 from everpool.verdict import Verdict
 
 _BATCH_RECORDS = 512
@@ -91,9 +92,11 @@ class Submission:
         """Return a future of the version that the record commits as."""
         with _futures:
             if self._future is None:
-                self._future = Future()
-                # It cannot be cancelled: the record is on its way.
-                self._future.set_running_or_notify_cancel()
+                future: Future[int] = Future()
+                # It cannot be cancelled: the record is on its way. Not seen by others before: the
+                # outcome may come at any moment.
+                future.set_running_or_notify_cancel()
+                self._future = future
             future = self._future
         if self.done():
             self._resolve(future)
