@@ -440,7 +440,7 @@ def test_places_that_are_no_pool(tmp_path: Path) -> None:
         (tmp_path / "missing", False, NotFoundError, "create=True"),
         (dangling, False, NotFoundError, "dangling"),
         (tmp_path / ("x" * 300), True, InvalidError, "too long"),
-        ("s3://bucket/pool", True, InvalidError, "URL"),
+        ("ftp://bucket/pool", True, InvalidError, "use s3://"),
         (17, True, InvalidError, "17"),
         (None, True, InvalidError, "None"),
         ("a\0b", True, InvalidError, "a"),

@@ -9,25 +9,23 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from everpool import forks
 from everpool.commit import Committer, Submission, reset_after_fork
 from everpool.errors import CorruptionError, InvalidError, UnavailableError
 from everpool.interrupts import deferred
-from everpool.records import Fence, Record, RecordId, session_start
+from everpool.records import Fence, Record, RecordId
 from everpool.replica import layout
 from everpool.replica.bulk import Staged
-from everpool.replica.effects import entry_of
 from everpool.replica.index import translated
+from everpool.replica.outcomes import decided, forgotten
 from everpool.replica.replica import Replica, unfinished
-from everpool.replica.verify import walk_index
+from everpool.replica.verify import Report, verify_folder, walk_index
 from everpool.values import Encoded
-from everpool.verdict import Verdict
 
-# Larger values go to files of their own.
-INLINE_BYTES = 64 << 10
-DEFAULT_TIMEOUT_S = 30.0
 _SETTLE_S = 0.05
 
 
@@ -39,7 +37,8 @@ class Engine:
         self.read_only = read_only
         self.timeout_s = timeout_s
         self.users = 0
-        self.generation: int = generation
+        self.lineage = b""
+        self.generation = forks.generation
         self.replica = Replica(folder, read_only=read_only)
         self.committer = None if read_only else Committer(self.replica, timeout_s)
         try:
@@ -82,7 +81,34 @@ class Engine:
 
     def is_ours(self) -> bool:
         """Whether this process opened the engine, and did not inherit it by a fork."""
-        return self.generation == generation
+        return self.generation == forks.generation
+
+    def release(self) -> None:
+        """Give the engine back; its last user closes it."""
+        release(self)
+
+    def reopener(self, read_only: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what opens the pool in another process, for pickling."""
+        from everpool.opening import reopen
+
+        return reopen, (os.fspath(self.folder), read_only, self.timeout_s, None)
+
+    def drain(self) -> None:
+        """Return when everything that was submitted before has an outcome."""
+        if self.committer is not None:
+            self.committer.drain()
+
+    def sync(self) -> int:
+        """Wait for what was submitted; returns the version, of everything committed before."""
+        self.drain()
+        self.settle()
+        return self.replica.version()
+
+    def verify(self, progress: Callable[[int, int], None] | None) -> Report:
+        """Compare everything with its checksums, in a process of its own."""
+        if not self.read_only:
+            self.flush()
+        return verify_folder(self.folder, progress)
 
     def write(self, record: Record, staged: list[Staged]) -> Submission:
         """Commit a record and wait for its outcome."""
@@ -130,40 +156,35 @@ class Engine:
         """Settle what became of a record: its state, version and results."""
         if self.committer is not None and self.replica.shared.suspect:
             self.committer.recover(wait=True)  # else a power cut might take back what is told
-        found = self._decided(id)
+        index = self.replica.index
+        found = decided(index, id)
         if found is None and self.read_only:
             raise InvalidError(
                 f"{id} is not decided yet, and a pool that is open read-only cannot settle it: "
                 "open it for writing"
             )
         if found is None:
-            state = self.replica.state()
-            fence = Record(state.version, [], [], [], [Fence(id.session, id.sequence)])
+            fence = Record(self.replica.state().version, [], [], [], [Fence(*id)])
             self.write(fence, []).version()
-            found = self._decided(id)
-        if found is not None:
-            return found
-        with self.replica.index.read() as txn:
-            known = self.replica.index.session(txn, id.session)
-            floor = self.replica.index.state(txn).floor
-        if known is None or known.last_version < floor:
-            return ("expired" if session_start(id.session) < floor else "aborted"), None, []
-        return ("expired" if id.sequence <= known.last_sequence else "aborted"), None, []
+            found = decided(index, id)
+        return forgotten(index, id) if found is None else found
 
-    def _decided(self, id: RecordId) -> "tuple[str, int | None, list[bytes]] | None":
-        index = self.replica.index
-        with index.read() as txn:
-            for _, row in index.tail_backwards(txn):
-                entry = entry_of(row)
-                at = id.sequence - entry.first_sequence
-                if entry.session != id.session or not 0 <= at < len(entry.records):
-                    continue
-                outcome = row.outcomes[at]
-                if outcome.verdict == Verdict.COMMITTED:
-                    old = [resolved.old for resolved in outcome.resolved if resolved.old]
-                    return "committed", row.first_version + at, old
-                return "aborted", None, []
-        return None
+    def past(self, version: int) -> Callable[[bool], "Engine"]:
+        """Refuse: a pool at a path keeps no past."""
+        raise _no_past()
+
+    def version_at(self, time_ns: int) -> int:
+        """Refuse: a pool at a path keeps no past."""
+        raise _no_past()
+
+    def branch(self, url: str, version: int) -> None:
+        """Refuse: a pool at a path keeps no past."""
+        raise _no_past()
+
+    def checkpoint(self) -> int:
+        """Make memory durable in its own files, and trim the tail."""
+        self.flush()
+        return self.replica.version()
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
@@ -201,12 +222,15 @@ class Engine:
         return self.committer
 
 
-# Counts forks: an engine of an older generation belongs to the parent process.
-generation: int = 0
+def _no_past() -> InvalidError:
+    return InvalidError(
+        "a pool at a path keeps no past: use a pool at a URL, like file:///folder, or copy this "
+        "one there with `everpool copy`"
+    )
+
+
 _engines: dict[tuple[int, int, bool], Engine] = {}
 _mutex = threading.Lock()
-# Held while a pool that was inherited opens itself again.
-switching = threading.Lock()
 # A forked child keeps its parent's engines here: freeing them would close the parent's files.
 _inherited: list[Engine] = []
 
@@ -241,7 +265,7 @@ def acquire(folder: Path, *, create: bool, read_only: bool, timeout_s: float) ->
 def release(engine: Engine) -> None:
     """Give the engine back; the last user closes it."""
     with deferred(), _mutex:
-        if engine.generation != generation:
+        if not engine.is_ours():
             return
         engine.users -= 1
         if engine.users:
@@ -253,10 +277,8 @@ def release(engine: Engine) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _mutex, switching, generation
+    global _mutex
     _mutex = threading.Lock()
-    switching = threading.Lock()
-    generation += 1
     reset_after_fork()
     for engine in _engines.values():
         _inherited.append(engine)

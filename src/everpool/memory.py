@@ -4,6 +4,7 @@
 the transaction sees and buffers. All they need of either is `Bytes`.
 """
 
+import contextlib
 import operator
 import time
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,14 +14,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from everpool.arrays import Layout, Selection, is_basic, layout_of
 from everpool.commit import Submission
-from everpool.errors import ConflictError, InvalidError, NotFoundError
+from everpool.errors import ConflictError, InvalidError, NotFoundError, UnavailableError
 from everpool.records import FetchAdd, Operation, Record, Write
 from everpool.replica.bulk import Staged
 from everpool.replica.index import translate_os
 from everpool.replica.replica import gone
 
 if TYPE_CHECKING:
-    from everpool.embedded import Engine
+    from everpool.engine import Engine
     from everpool.pool import Pool
 
 # Larger stores go to a file first, not through the index.
@@ -142,6 +143,7 @@ class Memory(ByteSlices):
         self.size = size
         self.header = header
         self._engine: Engine | None = None
+        self._lineage = pool.engine().lineage
         self._view = memoryview(b"")
         self._known_version = _UNKNOWN
 
@@ -164,6 +166,7 @@ class Memory(ByteSlices):
         offset, size = self.check(offset, size)
         settled = self.quiet()
         if settled >= 0:
+            self.ensure(offset, size)
             data = bytes(self._view[offset : offset + size])
             if self.quiet() == settled:
                 return data
@@ -190,6 +193,7 @@ class Memory(ByteSlices):
         engine.settle()
         if engine.replica.memory_row(self.id) is None:
             raise gone(self.name)
+        engine.replica.memories.ensure(self.id, offset, size)
         return self._view[offset : offset + size]
 
     def extents(self) -> list[tuple[int, int]]:
@@ -198,7 +202,11 @@ class Memory(ByteSlices):
         All bytes outside are zero, and always were. The parts are whole blocks of the disk, so
         they may begin and end with zeros. Where it cannot be told, one part is the whole.
         """
-        replica = self._attach().replica
+        engine = self._attach()
+        replica = engine.replica
+        if replica.trusted:
+            with contextlib.suppress(UnavailableError):
+                engine.settle()  # its writer may be dead
         for _ in range(_QUIET_TRIES):
             if self.quiet() >= 0:
                 try:
@@ -263,6 +271,14 @@ class Memory(ByteSlices):
                 continue
             return True
 
+    def ensure(self, offset: int, size: int) -> None:
+        """Bring bytes into mapped memory, where they are not there already."""
+        self._attach().replica.memories.ensure(self.id, offset, size)
+
+    def is_whole(self) -> bool:
+        """Whether all bytes are in mapped memory for sure."""
+        return self._attach().replica.memories.is_whole(self.id)
+
     def live(self) -> memoryview:
         """Return the whole mapping without waiting for anything."""
         self._attach()
@@ -297,8 +313,10 @@ class Memory(ByteSlices):
     def _attach(self) -> "Engine":
         engine = self._pool.engine()
         if engine is not self._engine:
+            if engine.lineage != self._lineage:
+                raise gone(self.name)  # its id may be another object's by now
             try:
-                self._view = memoryview(engine.replica.map_memory(self.id, self.size))
+                self._view = engine.replica.map_memory(self.id, self.size)
             except FileNotFoundError:
                 raise gone(self.name) from None
             self._engine = engine
@@ -398,6 +416,9 @@ class Array:
             settled = data.quiet()
             if settled < 0:
                 return None
+            if not data.is_whole():
+                for offset, _, length in self._select(key).runs():
+                    data.ensure(offset, length)
             whole = self._shaped(data.live())
             try:
                 found: Any = whole[key]

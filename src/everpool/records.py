@@ -165,7 +165,27 @@ class Fence(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     sequence: int
 
 
-Operation = Put | Delete | Allocate | Write | FetchAdd | Floor | Fence
+class Checkpoint(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=8):
+    """Say that the replica as of `version` can be had from the manifest `key` in the store."""
+
+    version: int
+    key: str
+
+
+class Pin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=9):
+    """Give the free snapshot name `name` to `version`; 0 is that of this record."""
+
+    name: str
+    version: int
+
+
+class Unpin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=10):
+    """Take the snapshot name `name` away."""
+
+    name: str
+
+
+Operation = Put | Delete | Allocate | Write | FetchAdd | Floor | Fence | Checkpoint | Pin | Unpin
 
 Range = tuple[int, int, int]
 
@@ -192,6 +212,7 @@ class Entry(NamedTuple):
 
 _encode_records = msgspec.msgpack.Encoder().encode
 _decode_records = msgspec.msgpack.Decoder(list[Record]).decode
+_decode_record = msgspec.msgpack.Decoder(Record).decode
 _decode_anything = msgspec.msgpack.Decoder().decode
 
 
@@ -223,6 +244,19 @@ def can_be_stored(payload: Payload) -> bool:
 def next_hash(previous: bytes, entry: bytes) -> bytes:
     """Return the running hash of a log after `entry` was appended to it."""
     return hashlib.blake2b(previous + entry, digest_size=16).digest()
+
+
+def encode_record(record: Record) -> bytes:
+    """Return a record's bytes, for another process of the same version."""
+    return _encode_records(record)
+
+
+def decode_record(data: bytes) -> Record:
+    """Return the record that `encode_record` wrote down. Raises `InvalidError`."""
+    try:
+        return _decode_record(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidError(f"a record from another version ({error}): use the same one") from error
 
 
 def encode_entry(entry: Entry) -> bytes:

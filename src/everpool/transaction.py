@@ -33,7 +33,7 @@ from everpool.replica.index import INLINE, MEMORY, NameRow
 from everpool.replica.replica import gone
 
 if TYPE_CHECKING:
-    from everpool.embedded import Engine
+    from everpool.engine import Engine
     from everpool.pool import Pool
 
 
@@ -354,6 +354,8 @@ class Transaction(MutableMapping[str, Any]):
             raise ClosedError("the transaction is over: begin a new one")
         if self._engine is not self._pool.engine():
             self._open = False
+            if self._engine.generation == -1:
+                raise ConflictError("the pool's replica was begun anew meanwhile: run it again")
             raise ClosedError("the transaction belongs to the parent process: begin a new one")
 
     def _check_writable(self) -> None:
@@ -456,7 +458,7 @@ class TransactionMemory(ByteSlices):
         """Return the object's mapping."""
         if self._view is None:
             try:
-                self._view = memoryview(engine.replica.map_memory(self.id, self.size))
+                self._view = engine.replica.map_memory(self.id, self.size)
             except FileNotFoundError:
                 raise ConflictError(
                     f"{self.name!r} was deleted after version {self.version}: run the "

@@ -29,13 +29,16 @@ from everpool.records import (
     NUMBER_BYTES,
     SESSION_BYTES,
     Allocate,
+    Checkpoint,
     Delete,
     Entry,
     FetchAdd,
     Floor,
     Payload,
+    Pin,
     Put,
     Record,
+    Unpin,
     Write,
     can_be_stored,
     is_name,
@@ -45,6 +48,7 @@ from everpool.records import (
 
 _BLOCK_SHIFT = 12
 _WIDE_BLOCKS = 16
+_MAX_KEY_CHARACTERS = 255
 
 
 class Verdict(enum.IntEnum):
@@ -93,6 +97,10 @@ class Catalog(Protocol):
 
     def session(self, session: bytes) -> SessionState | None:
         """Return what is remembered of `session`."""
+        ...
+
+    def pin(self, name: str) -> int | None:
+        """Return the version of the snapshot `name`."""
         ...
 
 
@@ -145,6 +153,20 @@ class SetFloor(msgspec.Struct, gc=False):
     version: int
 
 
+class SetCheckpoint(msgspec.Struct, gc=False):
+    """Effect: the newest checkpoint is of `version`, and its manifest is `key`."""
+
+    version: int
+    key: str
+
+
+class SetPin(msgspec.Struct, gc=False):
+    """Effect: the snapshot `name` is of `version`, or is no more when that is -1."""
+
+    name: str
+    version: int
+
+
 class SetFence(msgspec.Struct, gc=False):
     """Effect: what is remembered of `session` is now `state`; None changes nothing."""
 
@@ -152,7 +174,7 @@ class SetFence(msgspec.Struct, gc=False):
     state: SessionState | None
 
 
-Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence
+Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence | SetCheckpoint | SetPin
 
 
 class Decision(msgspec.Struct):
@@ -346,16 +368,28 @@ def find_conflict(writes: Writes, record: Record) -> str | None:
 
 
 class Judge:
-    """Gives verdicts in log order. `version`, `floor` and `next_id` are as of the last one."""
+    """Gives verdicts in log order.
+
+    `version`, `floor`, `next_id` and `checkpoint`, the version of the newest one, are as of the
+    last verdict.
+    """
 
     def __init__(
-        self, catalog: Catalog, writes: Writes, *, version: int, floor: int, next_id: int
+        self,
+        catalog: Catalog,
+        writes: Writes,
+        *,
+        version: int,
+        floor: int,
+        next_id: int,
+        checkpoint: int = 0,
     ) -> None:
         self.catalog = catalog
         self.writes = writes
         self.version = version
         self.floor = floor
         self.next_id = next_id
+        self.checkpoint = checkpoint
 
     def entry(self, entry: Entry) -> Iterator[tuple[Decision, SessionState | None]]:
         """Decide the records of `entry`, one at a time.
@@ -434,6 +468,8 @@ class Judge:
         for effect in effects:
             if isinstance(effect, SetFloor):
                 self.floor = effect.version
+            elif isinstance(effect, SetCheckpoint):
+                self.checkpoint = effect.version
         return Decision(Verdict.COMMITTED, self.version, "", effects, next_id)
 
     def _abort(self, verdict: Verdict, detail: str) -> Decision:
@@ -450,7 +486,8 @@ class Judge:
         overlay: dict[str, Binding | None] = {}
         created: list[tuple[int, int]] = []
         gone: set[int] = set()
-        floor = self.floor
+        floor, checkpoint = self.floor, self.checkpoint
+        pins: dict[str, int | None] = {}
         fenced: dict[bytes, SessionState] = {}
 
         def binding(name: str) -> Binding | None:
@@ -521,6 +558,13 @@ class Judge:
             elif isinstance(operation, Floor):
                 floor = max(floor, min(operation.version, self.version))
                 effects.append(SetFloor(floor))
+            elif isinstance(operation, Checkpoint):
+                if not checkpoint < operation.version < self.version or not _is_key(operation.key):
+                    raise _Refused(Verdict.INVALID, f"a checkpoint of version {operation.version}")
+                checkpoint = operation.version
+                effects.append(SetCheckpoint(operation.version, operation.key))
+            elif isinstance(operation, (Pin, Unpin)):
+                effects.append(self._pin(operation, pins))
             else:
                 whole = len(operation.session) == SESSION_BYTES and 0 < operation.sequence < 1 << 63
                 if not whole or session_start(operation.session) > self.version:
@@ -531,6 +575,30 @@ class Judge:
                 if state is not None:
                     fenced[operation.session] = state
         return next_id
+
+
+    def _pin(self, operation: Pin | Unpin, pins: dict[str, int | None]) -> SetPin:
+        """Return the effect; `pins` is what the record has done to snapshots so far."""
+        name = operation.name
+        if not is_name(name):
+            raise _Refused(Verdict.INVALID, "a name that cannot be one")
+        known = pins[name] if name in pins else self.catalog.pin(name)
+        if isinstance(operation, Unpin):
+            if known is None:
+                raise _Refused(Verdict.NOT_FOUND, f"snapshot {name!r}")
+            pins[name] = None
+            return SetPin(name, -1)
+        if known is not None:
+            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
+        version = operation.version or self.version
+        if not 0 < version <= self.version:
+            raise _Refused(Verdict.INVALID, f"snapshot {name!r} of version {version}")
+        pins[name] = version
+        return SetPin(name, version)
+
+
+def _is_key(key: str) -> bool:
+    return 0 < len(key) <= _MAX_KEY_CHARACTERS
 
 
 def _later(state: SessionState | None, sequence: int) -> list[int]:

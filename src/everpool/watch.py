@@ -46,8 +46,9 @@ class Watch:
         self._prefix = prefix
         self._ready: deque[Change] = deque()
         self._closed = False
-        replica = pool.engine().replica
-        newest = replica.version()
+        engine = pool.engine()
+        self._lineage = engine.lineage
+        newest = engine.replica.version()
         if since is not None and (type(since) is not int or not 0 <= since <= newest):
             raise InvalidError(f"since is a version from 0 to {newest}, not {since!r}")
         self._version = newest if since is None else since
@@ -100,7 +101,13 @@ class Watch:
 
     def _fetch(self) -> bool:
         """Read the next entries of the tail; returns whether there were any."""
-        floor, rows = self._pool.engine().replica.changes(self._version, _ENTRIES_AT_ONCE)
+        engine = self._pool.engine()
+        if engine.lineage != self._lineage:
+            raise InvalidError(
+                "the pool's log was replaced by another one: read what you need afresh and watch "
+                "from there"
+            )
+        floor, rows = engine.replica.changes(self._version, _ENTRIES_AT_ONCE)
         first = rows[0][1].first_version if rows else None
         if self._version < floor and (first is None or first > self._version + 1):
             raise InvalidError(

@@ -15,12 +15,15 @@ import lmdb
 
 from everpool.commit import Committer
 from everpool.embedded import Engine
-from everpool.replica import bulk, flush, index, layout, ring, shared, writer
+from everpool.replica import bulk, dirty, flush, index, layout, ring, shared
+from everpool.replica.batch import Batch
 from everpool.replica.bulk import BulkFiles
+from everpool.replica.dirty import Flushed
 from everpool.replica.memories import MemoryFiles
 from everpool.replica.ring import Ring
 from everpool.replica.shared import SharedPage
-from everpool.replica.writer import Batch, Flushed, Writer
+from everpool.replica.writer import Writer
+from everpool.verdict import Add, BindMemory, Store
 
 Mutate = Callable[[], None]
 MUTANTS: dict[str, Mutate] = {}
@@ -100,13 +103,13 @@ def memory_files_not_flushed() -> None:
 @mutant
 def sizes_of_unwritten_memory_not_flushed() -> None:
     """Only files that were written to are flushed, not those that were just made."""
-    add = writer.Dirty.add
+    add = dirty.Dirty.add
 
-    def add_written(self: writer.Dirty, effect: Any) -> None:
-        if not isinstance(effect, writer.BindMemory):
+    def add_written(self: dirty.Dirty, effect: Any) -> None:
+        if not isinstance(effect, BindMemory):
             add(self, effect)
 
-    writer.Dirty.add = add_written  # type: ignore[method-assign]
+    dirty.Dirty.add = add_written  # type: ignore[method-assign]
 
 
 @mutant
@@ -144,7 +147,7 @@ def memory_before_index() -> None:
 
     def too_early(self: Writer, txn: lmdb.Transaction, batch: Batch, results: Any) -> None:
         for effect, resolved in batch.applied:
-            if isinstance(effect, (writer.Store, writer.Add)):
+            if isinstance(effect, (Store, Add)):
                 self._apply(effect, resolved)
         commit_entry(self, txn, batch, results)
 

@@ -71,6 +71,7 @@ def open(
     readahead: bool = ...,
     meminit: bool = ...,
     metasync: bool = ...,
+    sync: bool = ...,
     create: bool = ...,
     mode: int = ...,
 ) -> Environment: ...

@@ -76,17 +76,18 @@ class BulkFiles:
         name, descriptor = self._create()
         path = self._staging / name
         try:
-            table = _write_checked(descriptor, pieces, size)
-            checksum = xxh3_128_digest(table)
-            footer = _FOOTER.pack(_MAGIC, _FORMAT, 0, BLOCK_BYTES, size, checksum)
-            _write(descriptor, table + footer)
+            sealed = Sealed(pieces, size)
+            for number, block in enumerate(sealed, 1):
+                _write(descriptor, block)
+                if number % _WRITEBACK_BLOCKS == 0:
+                    _start_writeback(descriptor, (number - _WRITEBACK_BLOCKS) * BLOCK_BYTES)
             os.fsync(descriptor)
             sync_folder(self._staging)
         except BaseException:
             path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
-        return Staged(Reference(name, size, checksum), descriptor)
+        return Staged(Reference(name, size, sealed.checksum), descriptor)
 
     def _create(self) -> tuple[str, int]:
         """Return the name of a new staged file and a descriptor that holds its lock."""
@@ -155,16 +156,7 @@ class BulkFiles:
             return [f"its file {reference.file} is missing"]
         except CorruptionError as error:
             return [str(error)]
-        table = memoryview(self._maps[reference.file])[reference.size : -_FOOTER.size]
-        found: list[str] = []
-        if xxh3_128_digest(table) != reference.checksum:
-            found.append("its table of checksums does not match its record")
-        for at, (expected,) in enumerate(struct.iter_unpack("<Q", table)):
-            start = at * BLOCK_BYTES
-            if xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != expected:
-                end = min(start + BLOCK_BYTES, reference.size)
-                found.append(f"bytes {start} to {end} do not match their checksum")
-        return found
+        return damage_of(data, self._maps[reference.file], reference)
 
     def _open(self, reference: Reference) -> mmap.mmap:
         try:
@@ -173,18 +165,37 @@ class BulkFiles:
             # Its record is durable, but the file was not moved yet.
             descriptor = os.open(self._staging / reference.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            length = os.fstat(descriptor).st_size
-            expected = stored_bytes(reference.size)
-            if length != expected:
-                raise CorruptionError(
-                    f"the file {reference.file} has {length} bytes instead of {expected}: "
-                    "restore it from a copy"
-                )
-            mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+            return map_file(descriptor, reference)
         finally:
             os.close(descriptor)
-        _check_footer(mapped, reference)
-        return mapped
+
+
+def map_file(descriptor: int, reference: Reference) -> mmap.mmap:
+    """Map a bulk file; raises `CorruptionError` when its length or its footer is wrong."""
+    length = os.fstat(descriptor).st_size
+    expected = stored_bytes(reference.size)
+    if length != expected:
+        raise CorruptionError(
+            f"the file {reference.file} has {length} bytes instead of {expected}: "
+            "restore it from a copy"
+        )
+    mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+    _check_footer(mapped, reference)
+    return mapped
+
+
+def damage_of(data: memoryview, mapped: mmap.mmap, reference: Reference) -> list[str]:
+    """Read the whole of a mapped file, which begins with `data`; returns what is wrong with it."""
+    table = memoryview(mapped)[reference.size : -_FOOTER.size]
+    found: list[str] = []
+    if xxh3_128_digest(table) != reference.checksum:
+        found.append("its table of checksums does not match its record")
+    for at, (expected,) in enumerate(struct.iter_unpack("<Q", table)):
+        start = at * BLOCK_BYTES
+        if xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) != expected:
+            end = min(start + BLOCK_BYTES, reference.size)
+            found.append(f"bytes {start} to {end} do not match their checksum")
+    return found
 
 
 def stored_bytes(size: int) -> int:
@@ -216,9 +227,32 @@ def _check_footer(mapped: mmap.mmap, reference: Reference) -> None:
         raise InvalidError(f"the file {reference.file} is encrypted with key {key}: give the key")
 
 
-def _write_checked(descriptor: int, pieces: Iterable[bytes | memoryview], size: int) -> bytes:
-    """Write the pieces; returns the checksums of their blocks."""
-    table = bytearray()
+class Sealed:
+    """The bytes of a bulk file that holds the given pieces, block by block; iterate once.
+
+    Memory needed: one block. `checksum` is known when it is through.
+    """
+
+    def __init__(self, pieces: Iterable[bytes | memoryview], size: int) -> None:
+        self._pieces = pieces
+        self._size = size
+        self.checksum = b""
+
+    def __iter__(self) -> Iterator[bytes | bytearray | memoryview]:
+        table = bytearray()
+        for block in _blocks(self._pieces, self._size):
+            table += xxh3_64_intdigest(block).to_bytes(8, "little")
+            yield block
+        self.checksum = xxh3_128_digest(table)
+        yield bytes(table) + _FOOTER.pack(
+            _MAGIC, _FORMAT, 0, BLOCK_BYTES, self._size, self.checksum
+        )
+
+
+def _blocks(
+    pieces: Iterable[bytes | memoryview], size: int
+) -> Iterator[bytes | bytearray | memoryview]:
+    """Yield the pieces' bytes in blocks, of which only the last may be shorter."""
     rest = bytearray()
     written = 0
     for piece in pieces:
@@ -229,24 +263,15 @@ def _write_checked(descriptor: int, pieces: Iterable[bytes | memoryview], size: 
             rest += view[:taken]
             view = view[taken:]
             if len(rest) == BLOCK_BYTES:
-                _write_block(descriptor, rest, table)
-                rest.clear()
+                yield rest
+                rest = bytearray()
         whole = len(view) - len(view) % BLOCK_BYTES
         for start in range(0, whole, BLOCK_BYTES):
-            _write_block(descriptor, view[start : start + BLOCK_BYTES], table)
+            yield view[start : start + BLOCK_BYTES]
         rest += view[whole:]
     if rest:
-        _write_block(descriptor, rest, table)
+        yield rest
     assert written == size, f"{written} bytes were given instead of {size}"
-    return bytes(table)
-
-
-def _write_block(descriptor: int, block: bytearray | memoryview, table: bytearray) -> None:
-    table += xxh3_64_intdigest(block).to_bytes(8, "little")
-    _write(descriptor, block)
-    blocks = len(table) // 8
-    if blocks % _WRITEBACK_BLOCKS == 0:
-        _start_writeback(descriptor, (blocks - _WRITEBACK_BLOCKS) * BLOCK_BYTES)
 
 
 def _write(descriptor: int, data: bytes | bytearray | memoryview) -> None:

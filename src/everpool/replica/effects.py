@@ -11,13 +11,16 @@ import numpy as np
 from everpool.errors import CorruptionError
 from everpool.records import (
     Allocate,
+    Checkpoint,
     Delete,
     Entry,
     Fence,
     FetchAdd,
     Floor,
     Operation,
+    Pin,
     Put,
+    Unpin,
     Write,
     decode_entry,
 )
@@ -27,8 +30,10 @@ from everpool.verdict import (
     Bind,
     BindMemory,
     Effect,
+    SetCheckpoint,
     SetFence,
     SetFloor,
+    SetPin,
     Store,
     Unbind,
     Verdict,
@@ -76,6 +81,12 @@ def _effect(operation: Operation, resolved: Resolved) -> Effect:
             return SetFloor(resolved.size)
         case Fence(session, _):
             return SetFence(session, None)
+        case Checkpoint(version, key):
+            return SetCheckpoint(version, key)
+        case Pin(name, _):
+            return SetPin(name, resolved.size)
+        case Unpin(name):
+            return SetPin(name, -1)
 
 
 class PendingStores:

@@ -16,9 +16,11 @@ from xxhash import xxh3_64_intdigest
 from everpool.errors import EverpoolError
 from everpool.records import Floor, Record
 from everpool.replica.bulk import sync_folder
-from everpool.replica.index import State, TailRow, translated
+from everpool.replica.dirty import BLOCK_SHIFT, Dirty, Flushed, Written
+from everpool.replica.index import Index, State, TailRow, translated
+from everpool.replica.memories import MemoryFiles
 from everpool.replica.replica import Replica
-from everpool.replica.writer import BLOCK_SHIFT, Dirty, Flushed, Writer, Written
+from everpool.replica.writer import Writer
 
 # A flush is due when this much was committed since the last one.
 FLUSH_VERSIONS = 1 << 13
@@ -33,7 +35,9 @@ class Flusher:
     """Flushes one replica. Call `begin`, `sync` and `commit` with the flusher's lock held."""
 
     def __init__(self, replica: Replica, writer: Writer) -> None:
+        assert isinstance(replica.memories, MemoryFiles)
         self._replica = replica
+        self._memories = replica.memories
         self._writer = writer
 
     def due(self, version: int, tail_bytes: int, flushed: int) -> bool:
@@ -62,8 +66,8 @@ class Flusher:
             dirty = written.between(replica.state().flushed, version, self._tail)
             replica.shared.unflushed = 1
             for id in dirty.blocks:
-                replica.memories.sync(id)
-            for folder in (replica.memories.folder, *replica.bulk.folders()):
+                self._memories.sync(id)
+            for folder in (self._memories.folder, *replica.bulk.folders()):
                 sync_folder(folder)
             replica.shared.unflushed = 0
             return Flushed(version, self._checksums(dirty))
@@ -86,24 +90,12 @@ class Flusher:
     def commit(self, flushed: Flushed) -> None:
         """Note what is durable and raise the floor. Call with the writer's lock held."""
         state = self._replica.state()
-        record = Record(state.version, [], [], [], [Floor(self._floor(state, flushed.version))])
+        floor = floor_of(self._replica.index, state, flushed.version)
+        record = Record(state.version, [], [], [], [Floor(floor)])
         self._writer.commit([record], flushed)
         with translated("tidying up"):
             self._replica.bulk.sweep()
-            self._replica.memories.drop_deleted()
-
-    def _floor(self, state: State, flushed: int) -> int:
-        """Return the floor that keeps enough, and not much more, of the tail."""
-        floor = min(flushed, state.version - KEPT_VERSIONS)
-        if state.tail_bytes > KEPT_BYTES:
-            kept = 0
-            with self._replica.index.read() as txn:
-                for version, size in self._replica.index.tail_sizes_backwards(txn):
-                    kept += size
-                    if kept > KEPT_BYTES:
-                        floor = max(floor, min(flushed, version))
-                        break
-        return max(floor, state.floor)
+            self._memories.drop_deleted()
 
     def _checksums(self, dirty: Dirty) -> dict[int, dict[int, int]]:
         found: dict[int, dict[int, int]] = {}
@@ -115,6 +107,23 @@ class Flusher:
                 view = memoryview(self._replica.memories.map(id, row.size))
                 found[id] = {block: block_checksum(view, block) for block in blocks}
         return found
+
+
+def floor_of(index: Index, state: State, flushed: int) -> int:
+    """Return the floor that keeps enough, and not much more, of the tail.
+
+    It is not above `flushed`, up to which memory can be had without the tail.
+    """
+    floor = min(flushed, state.version - KEPT_VERSIONS)
+    if state.tail_bytes > KEPT_BYTES:
+        kept = 0
+        with index.read() as txn:
+            for version, size in index.tail_sizes_backwards(txn):
+                kept += size
+                if kept > KEPT_BYTES:
+                    floor = max(floor, min(flushed, version))
+                    break
+    return max(floor, state.floor)
 
 
 def block_checksum(view: memoryview, block: int) -> int:

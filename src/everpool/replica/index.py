@@ -12,6 +12,7 @@ row's key, so that neither a damaged nor a misplaced row is taken for a sound on
     "4" object id (8, big-endian)     version (8), size (8), name: memory
     "5" session                       MessagePack, `SessionState`
     "6"                               MessagePack, `State`
+    "7"                               MessagePack, snapshots: name to version and time
 
 All of it is one B-tree, and what every commit changes stands at its end, so that a small commit
 changes few pages.
@@ -27,7 +28,7 @@ import os
 import struct
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -55,6 +56,7 @@ _MAX_READERS = 4096
 _CLOSE_S = 5.0
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
 _BLOCKS, _NAMES, _TAIL, _MEMORIES, _SESSIONS, _STATE = b"1", b"2", b"3", b"4", b"5", b"6"
+_PINS = b"7"
 _TAIL_END = _MEMORIES
 _NAME = struct.Struct("<BQQQ")
 BODY = _NAME.size
@@ -64,7 +66,11 @@ _SCAN_ROWS = 8192
 
 
 class State(msgspec.Struct, array_like=True):
-    """Where the replica is in its log. `hash` is the running hash at `position`."""
+    """Where the replica is in its log. `hash` is the running hash at `position`.
+
+    Memory up to version `flushed` can be had without the tail. `checkpoint` is the version of the
+    newest checkpoint in the log, and `manifest` its key.
+    """
 
     format: int
     pool: bytes
@@ -77,6 +83,8 @@ class State(msgspec.Struct, array_like=True):
     names: int
     tail_bytes: int
     time_ns: int
+    checkpoint: int = 0
+    manifest: str = ""
 
 
 class NameRow(NamedTuple):
@@ -142,7 +150,13 @@ _decode_state = msgspec.msgpack.Decoder(State).decode
 _decode_session = msgspec.msgpack.Decoder(SessionState).decode
 _decode_tail = msgspec.msgpack.Decoder(TailRow).decode
 _decode_reference = msgspec.msgpack.Decoder(Reference).decode
+_decode_pins = msgspec.msgpack.Decoder(dict[str, tuple[int, int]]).decode
 _decode_long = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
+
+
+def is_page(key: bytes) -> bool:
+    """Whether the row with that key tells where a page of memory is."""
+    return key[:1] == _BLOCKS
 
 
 def key_of(number: int) -> bytes:
@@ -270,9 +284,13 @@ os.register_at_fork(after_in_child=_never_free_inherited)
 class Index:
     """The LMDB environment of one replica in this process."""
 
-    def __init__(self, folder: Path, *, read_only: bool, create: bool) -> None:
+    def __init__(
+        self, folder: Path, *, read_only: bool, create: bool, durable: bool = True
+    ) -> None:
+        """With `durable=False` nothing is flushed, and the index is of no use after a reboot."""
         self.path = folder / "data.mdb"
         self.read_only = read_only
+        self._durable = durable
         self._ring: Ring | None = None
         if not create and not self.path.exists():
             raise CorruptionError(f"{self.path} is missing: restore the pool from a copy")
@@ -297,6 +315,7 @@ class Index:
                 readonly=self.read_only,
                 readahead=False,
                 metasync=False,  # the ring makes up for it
+                sync=self._durable,
                 meminit=False,
                 create=create,
                 mode=0o666,
@@ -312,7 +331,7 @@ class Index:
     def _prepare(self, create: bool) -> None:
         if not self.read_only:
             self.env.reader_check()
-        if create:
+        if create and self._durable:
             with self.env.begin(write=True) as txn:
                 ring.create(txn)
         info = self.env.info()
@@ -443,6 +462,104 @@ class Index:
                     break
         return found, None
 
+    # Snapshots
+
+    def pin(self, txn: lmdb.Transaction, name: str) -> int | None:
+        """Return the version of a snapshot."""
+        return dict(self._pins(txn)).get(name, (None, 0))[0]
+
+    def put_pin(self, txn: lmdb.Transaction, name: str, version: int, time_ns: int) -> None:
+        """Keep a snapshot, or drop it when `version` is -1."""
+        pins = dict(self._pins(txn))
+        if version < 0:
+            del pins[name]
+        else:
+            pins[name] = (version, time_ns)
+        txn.put(_PINS, _seal(_PINS, encode(pins)))
+
+    def pins(self, txn: lmdb.Transaction) -> list[tuple[str, int, int]]:
+        """Return name, version and time of all snapshots, oldest version first."""
+        found = [(name, version, time_ns) for name, (version, time_ns) in self._pins(txn).items()]
+        return sorted(found, key=lambda pin: pin[1])
+
+    def _pins(self, txn: lmdb.Transaction) -> dict[str, tuple[int, int]]:
+        row = _get(txn, _PINS)
+        return {} if row is None else _decode_pins(_unseal(_PINS, row, "the snapshots"))
+
+    # Whole rows, for checkpoints
+
+    def dump(self, txn: lmdb.Transaction) -> Iterator[tuple[bytes, bytes]]:
+        """Yield all rows as they are stored, in the order of their keys."""
+        with _cursor(txn) as cursor:
+            if cursor.set_range(_BLOCKS):
+                for key, row in cursor.iternext():
+                    yield bytes(key), bytes(row)
+
+    def rows_of(
+        self,
+        txn: lmdb.Transaction,
+        names: set[str],
+        ids: set[int],
+        pages: dict[tuple[int, int], bytes],
+        after: int,
+    ) -> Iterator[tuple[bytes, bytes | None]]:
+        """Yield the stored rows of names and memory, of given pages, of the tail's entries after
+        a version, and of sessions and state, in the order of their keys; None for what is gone.
+        """
+        for (id, block), row in sorted(pages.items()):
+            key = _BLOCKS + key_of(id) + key_of(block)
+            yield key, _seal(key, row)
+        for key in sorted({_place(_NAMES + name.encode())[0] for name in names}):
+            yield key, _copy(_get(txn, key))
+        with _cursor(txn) as cursor:
+            found = cursor.set_range(_TAIL + key_of(after + 1))
+            while found:
+                key = bytes(cursor.key())
+                if key >= _TAIL_END:
+                    break
+                yield key, bytes(cursor.value())
+                found = cursor.next()
+        for id in sorted(ids):
+            key = _MEMORIES + key_of(id)
+            yield key, _copy(_get(txn, key))
+        for prefix in (_SESSIONS, _STATE, _PINS):
+            for rest, row in _under(txn, prefix):
+                yield prefix + rest, bytes(row)
+
+    def load(self, txn: lmdb.Transaction, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
+        """Store rows as `dump` and `rows_of` gave them."""
+        for key, row in rows:
+            if row is None:
+                txn.delete(key)
+            else:
+                txn.put(key, row)
+
+    def load_pages(
+        self, txn: lmdb.Transaction, rows: Iterable[tuple[bytes, bytes | None]]
+    ) -> None:
+        """Store those of the rows that tell of pages of memory that exists."""
+        known: dict[bytes, bool] = {}
+        for key, row in rows:
+            if is_page(key) and row is not None:
+                id = key[1:9]
+                if id not in known:
+                    known[id] = _get(txn, _MEMORIES + id) is not None
+                if known[id]:
+                    txn.put(key, row)
+
+    def drop_lost_pages(self, txn: lmdb.Transaction) -> None:
+        """Remove the rows of pages of memory that does not exist."""
+        ids: dict[bytes, bool] = {}
+        lost: list[bytes] = []
+        for rest, _ in _under(txn, _BLOCKS):
+            id = rest[:8]
+            if id not in ids:
+                ids[id] = _get(txn, _MEMORIES + id) is not None
+            if not ids[id]:
+                lost.append(_BLOCKS + rest)
+        for key in lost:
+            txn.delete(key)
+
     # Memory, sessions, blocks
 
     def memory_row(self, txn: lmdb.Transaction, id: int) -> MemoryRow | None:
@@ -492,6 +609,24 @@ class Index:
         for key, state in self.sessions(txn):
             if state.last_version < floor:
                 txn.delete(_SESSIONS + key)
+
+    def put_page(self, txn: lmdb.Transaction, id: int, block: int, row: bytes) -> None:
+        key = _BLOCKS + key_of(id) + key_of(block)
+        txn.put(key, _seal(key, row))
+
+    def pages(
+        self, txn: lmdb.Transaction, id: int, first: int, last: int
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield the rows of an object's stored pages from block `first` up to `last`."""
+        prefix = _BLOCKS + key_of(id)
+        with _cursor(txn) as cursor:
+            if cursor.set_range(prefix + key_of(first)):
+                for view, row in cursor.iternext():
+                    key = bytes(view)
+                    block = int.from_bytes(key[9:], "big")
+                    if key[:9] != prefix or block > last:
+                        return
+                    yield block, bytes(_unseal(key, row, f"the row of a page of object {id}"))
 
     def put_block(self, txn: lmdb.Transaction, id: int, block: int, checksum: int) -> None:
         txn.put(_BLOCKS + key_of(id) + key_of(block), checksum.to_bytes(8, "little"))
@@ -598,6 +733,10 @@ def _get(txn: lmdb.Transaction, key: bytes) -> memoryview | None:
         return txn.get(key)
     except lmdb.Error as error:
         raise translate(error, "reading the index") from error
+
+
+def _copy(row: memoryview | None) -> bytes | None:
+    return None if row is None else bytes(row)
 
 
 @contextlib.contextmanager

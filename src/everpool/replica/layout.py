@@ -75,6 +75,10 @@ def read_marker(folder: Path) -> Marker:
     except (msgspec.DecodeError, ValueError) as error:
         if isinstance(error, InvalidError):
             raise
+        if b'"format"' in data:
+            raise InvalidError(
+                f"{folder} plays the bucket of a pool: open it as {folder.absolute().as_uri()}"
+            ) from None
         raise CorruptionError(f"{path} is damaged ({error}): restore it from a copy") from error
     return marker
 

@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from everpool.errors import CorruptionError, InvalidError
 
@@ -21,6 +22,69 @@ _OPEN_FILES = 128
 _PAGE_SHIFT = 12
 _REMEMBERED_PAGES = 1 << 16
 _COPY_BYTES = 8 << 20
+
+
+class Memories(Protocol):
+    """The bytes of mutable memory, as readers of a replica use them."""
+
+    def ensure(self, id: int, offset: int, size: int) -> None:
+        """Bring the bytes into mapped memory, where they are not there already."""
+        ...
+
+    def is_whole(self, id: int) -> bool:
+        """Whether all of the object is in mapped memory for sure."""
+        ...
+
+    def map(self, id: int, size: int) -> mmap.mmap:
+        """Return a read-only mapping that begins with the object's bytes.
+
+        Raises `FileNotFoundError` when it is gone and `CorruptionError` when its length is wrong.
+        """
+        ...
+
+    def extents(self, id: int, size: int) -> list[tuple[int, int]]:
+        """Return (offset, size) of the parts that may be other than zero, in order."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held; mappings live as long as they are used."""
+        ...
+
+
+class MutableMemories(Memories, Protocol):
+    """The same for the one who applies entries."""
+
+    def create(self, id: int, size: int) -> None:
+        """Make sure that object `id` exists. May be repeated."""
+        ...
+
+    def exists(self, id: int) -> bool:
+        """Whether there are bytes of the object to change."""
+        ...
+
+    def reserve(self, id: int, offset: int, size: int, limit: int) -> list[tuple[int, int]]:
+        """Make sure that there is room for these bytes; returns what `give_back` takes."""
+        ...
+
+    def give_back(self, id: int, holes: list[tuple[int, int]]) -> None:
+        """Undo `reserve` for an entry that came to nothing."""
+        ...
+
+    def write(self, id: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store the bytes where every process sees them."""
+        ...
+
+    def read(self, id: int, offset: int, size: int) -> bytes:
+        """Return the bytes as they are."""
+        ...
+
+    def remove(self, id: int) -> None:
+        """Drop the object's bytes; mappings of it live on. May be repeated."""
+        ...
+
+    def sweep(self, is_garbage: Callable[[int], bool]) -> None:
+        """Drop the objects that no record has made, or that one has deleted."""
+        ...
 
 
 class MemoryFiles:
@@ -36,6 +100,17 @@ class MemoryFiles:
     def path(self, id: int) -> Path:
         """Return where the bytes of object `id` are."""
         return self.folder / f"{id:x}"
+
+    def exists(self, id: int) -> bool:
+        """Whether the object has a file."""
+        return self.path(id).exists()
+
+    def ensure(self, id: int, offset: int, size: int) -> None:
+        """Do nothing: the mapping of a file is all there."""
+
+    def is_whole(self, id: int) -> bool:
+        """Whether all of the object is mapped: it is."""
+        return True
 
     def create(self, id: int, size: int) -> None:
         """Make sure that the file exists and is `size` bytes long. May be repeated."""

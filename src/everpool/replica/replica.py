@@ -7,13 +7,12 @@ that the index had, however the copy was torn. While nothing is being committed 
 `applied` before and after the copy) there is nothing to play.
 """
 
-import mmap
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lmdb
 
@@ -30,8 +29,8 @@ from everpool.replica.index import (
     translate_os,
     translated,
 )
-from everpool.replica.lock import lock_at
-from everpool.replica.memories import MemoryFiles, missing
+from everpool.replica.lock import WriterLock, lock_at
+from everpool.replica.memories import Memories, MemoryFiles, MutableMemories, missing
 from everpool.replica.shared import REORDERS_LOADS, SharedPage, order_loads
 from everpool.verdict import Add, Effect, Store, Writes, find_conflict, note_effects
 
@@ -58,20 +57,33 @@ class Kept(NamedTuple):
     values: dict[str, Any]
 
 
-class Replica:
-    """The replica of a pool at a path, in one process. Threads share it."""
+class Parts(NamedTuple):
+    """Where a replica has its bytes, when not in files of its own."""
 
-    def __init__(self, folder: Path, *, read_only: bool) -> None:
+    memories: Memories
+    bulk: BulkFiles
+
+
+class Replica:
+    """A replica of a pool, in one process. Threads share it."""
+
+    def __init__(self, folder: Path, *, read_only: bool, parts: "Parts | None" = None) -> None:
+        """`parts` are those of a replica of a log elsewhere, which only its agent changes."""
         self.folder = folder
         self.read_only = read_only
+        self.lock: WriterLock | None = None
         with translated(f"opening {folder}"):
-            self.shared = SharedPage(folder / "shared", writable=not read_only)
-            self.index = Index(folder / "index", read_only=read_only, create=False)
-            self.lock = None if read_only else lock_at(folder / "lock")
-        if self.lock is not None:
-            self.lock.page = self.shared
-        self.bulk = BulkFiles(folder)
-        self.memories = MemoryFiles(folder)
+            # Who waits for changes leaves a mark in the page, also when somebody else makes them.
+            writable = not read_only or parts is not None
+            self.shared = SharedPage(folder / "shared", writable=writable)
+            self.index = Index(
+                folder / "index", read_only=read_only, create=False, durable=parts is None
+            )
+            if parts is None and not read_only:
+                self.lock = lock_at(folder / "lock")
+                self.lock.page = self.shared
+        self.bulk = BulkFiles(folder) if parts is None else parts.bulk
+        self.memories: Memories = MemoryFiles(folder) if parts is None else parts.memories
         self.recent = Recent(self)
         self.trusted = self.shared.trusted()
         self._seen = (-1, 0)
@@ -84,6 +96,11 @@ class Replica:
         self.index.close()
         if self.lock is not None:
             self.lock.close()
+
+    @property
+    def stores(self) -> MutableMemories:
+        """The memory, for the one who changes it."""
+        return cast("MutableMemories", self.memories)
 
     # Versions
 
@@ -189,6 +206,7 @@ class Replica:
         Raises `NotFoundError` when the object is gone.
         """
         for _ in range(_READ_TRIES):
+            self.memories.ensure(id, offset, size)
             # Before the copy, in either case: what comes later is played over it.
             applied = self.shared.applied if self.trusted else self.state().flushed
             if REORDERS_LOADS:
@@ -232,13 +250,13 @@ class Replica:
                     overlay(copy, start, effect.offset, resolved.new)
         return True
 
-    def map_memory(self, id: int, size: int) -> mmap.mmap:
+    def map_memory(self, id: int, size: int) -> memoryview:
         """Return the mapping of an object; raises `FileNotFoundError` when it is gone."""
         with self.index.read() as txn:
             if self.index.memory_row(txn, id) is None:
                 raise FileNotFoundError
         try:
-            return self.memories.map(id, size)
+            return memoryview(self.memories.map(id, size))[:size]
         except (OSError, CorruptionError) as error:
             lost = isinstance(error, (FileNotFoundError, CorruptionError))
             if lost and self.read_only and not self.trusted:

@@ -20,11 +20,11 @@ import lmdb
 from everpool import values
 from everpool.errors import EverpoolError
 from everpool.records import decode_entry, next_hash
+from everpool.replica.dirty import BLOCK_SHIFT, Dirty
 from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.flush import block_checksum
 from everpool.replica.index import BULK, INLINE, MEMORY, NameRow
 from everpool.replica.replica import Replica
-from everpool.replica.writer import BLOCK_SHIFT, Dirty
 
 _REPORT_EVERY_S = 0.1
 _LOOKS = 100

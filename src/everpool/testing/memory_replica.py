@@ -40,8 +40,10 @@ from everpool.verdict import (
     Effect,
     Judge,
     SessionState,
+    SetCheckpoint,
     SetFence,
     SetFloor,
+    SetPin,
     Store,
     Unbind,
     Verdict,
@@ -134,6 +136,9 @@ class Index:
 
     def session(self, session: bytes) -> SessionState | None:
         return self.sessions.get(session)
+
+    def pin(self, name: str) -> int | None:
+        return None
 
 
 class Disk:
@@ -372,6 +377,8 @@ class MemoryReplica:
                         draft.sessions[session] = state
                 case SetFloor(floor):
                     draft.floor = floor
+                case SetCheckpoint() | SetPin():
+                    pass
         if decision.effects:
             draft.recent.append((version, decision.effects))
         return tuple(results)
