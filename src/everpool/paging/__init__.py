@@ -1,0 +1,1 @@
+"""Memory that is larger than what was fetched of it: blocks come when they are asked for."""
