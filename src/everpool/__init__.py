@@ -12,9 +12,10 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.memory import Array, Memory
+from everpool.opening import open_pool as open
 from everpool.pool import Outcome, Pool
-from everpool.pool import open_pool as open
 from everpool.records import RecordId
+from everpool.snapshots import Snapshot
 from everpool.transaction import Transaction
 from everpool.watch import Change, Watch
 
@@ -35,6 +36,7 @@ __all__ = [
     "Outcome",
     "Pool",
     "RecordId",
+    "Snapshot",
     "Transaction",
     "UnavailableError",
     "Watch",

@@ -1,25 +1,37 @@
 """The pool: names, values and memory, as a user sees them."""
 
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from everpool import embedded, values
+from everpool import forks, values
 from everpool.arrays import header_of, make_layout
-from everpool.embedded import DEFAULT_TIMEOUT_S, INLINE_BYTES, Engine
+from everpool.engine import INLINE_BYTES, Engine
 from everpool.errors import ClosedError, ConflictError, ExistsError, InvalidError, NotFoundError
 from everpool.memory import Array, Memory, ValueArray, open_array
-from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, RecordId, check_name
+from everpool.records import (
+    Allocate,
+    Delete,
+    Operation,
+    Payload,
+    Pin,
+    Put,
+    Record,
+    RecordId,
+    Unpin,
+    check_name,
+)
 from everpool.replica.bulk import Staged
 from everpool.replica.index import BODY, INLINE, MEMORY, NameRow
 from everpool.replica.replica import MOST_KEPT, Replica
-from everpool.replica.verify import Report, verify_folder
+from everpool.replica.verify import Report
+from everpool.snapshots import Snapshot, restoring, snapshots_of, version_of
 from everpool.transaction import Transaction, check_size
 from everpool.watch import Watch
 
@@ -55,22 +67,20 @@ class Pool(MutableMapping[str, Any]):
     """
 
     def __init__(
-        self, path: Path, *, create: bool, read_only: bool, timeout_s: float = DEFAULT_TIMEOUT_S
+        self, path: Path | str, acquire: Callable[[bool], Engine], *, create: bool, read_only: bool
     ) -> None:
+        """`acquire(create)` returns this process's engine for the pool at `path`."""
         self.path = path
         self._read_only = read_only
-        self._timeout_s = timeout_s
+        self._acquire = acquire
         self._closed = False
-        self._engine: Engine = embedded.acquire(
-            path, create=create, read_only=read_only, timeout_s=timeout_s
-        )
-        self._process = os.getpid()
+        self._engine = acquire(create)
 
     def __repr__(self) -> str:
         return f"<everpool.Pool {str(self.path)!r}{' closed' if self._closed else ''}>"
 
     def __reduce__(self) -> Any:
-        return _reopen, (str(self.path), self._read_only, self._timeout_s)
+        return self._engine.reopener(self._read_only)
 
     # Mapping defines equality by content, which would read the whole pool.
     def __eq__(self, other: object) -> bool:
@@ -91,29 +101,26 @@ class Pool(MutableMapping[str, Any]):
         """Wait for what was pipelined and close. Views and arrays that are in use live on."""
         if not self._closed:
             engine = self._engine
-            ours = self._process == os.getpid()
-            if ours and engine.committer is not None:
-                engine.committer.drain()
+            ours = engine.is_ours()
+            if ours:
+                engine.drain()
             self._closed = True
             if ours:
-                embedded.release(engine)
+                engine.release()
 
     def engine(self) -> Engine:
         """Return the engine of this process; raises `ClosedError`."""
         if self._closed:
             raise ClosedError(f"the pool {self.path} is closed: open it again")
         engine = self._engine
-        if engine.generation != embedded.generation:
+        if engine.generation != forks.generation:
             engine = self._open_again()
         return engine
 
     def _open_again(self) -> Engine:
-        with embedded.switching:
-            if self._engine.generation != embedded.generation:
-                self._engine = embedded.acquire(
-                    self.path, create=False, read_only=self._read_only, timeout_s=self._timeout_s
-                )
-                self._process = os.getpid()
+        with forks.switching:
+            if self._engine.generation != forks.generation:
+                self._engine = self._acquire(False)
             return self._engine
 
     def writing_engine(self) -> Engine:
@@ -323,11 +330,7 @@ class Pool(MutableMapping[str, Any]):
 
     def sync(self) -> int:
         """Wait for what this process pipelined; returns the version, with all committed before."""
-        engine = self.engine()
-        if engine.committer is not None:
-            engine.committer.drain()
-        engine.settle()
-        return engine.replica.version()
+        return self.engine().sync()
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
@@ -338,10 +341,71 @@ class Pool(MutableMapping[str, Any]):
 
         `progress` is called with the bytes read so far and the bytes in all.
         """
+        return self.engine().verify(progress)
+
+    # The past
+
+    def snapshot(self, name: str, version: int | None = None) -> Snapshot:
+        """Give a name to the newest version, or to an older one, so that it can be found again.
+
+        Raises `ExistsError` when there is such a snapshot.
+        """
+        self.sync()
+        self._commit(Pin(check_name(name), version or 0))
+        return next(found for found in self.snapshots() if found.name == name)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return all snapshots, oldest version first."""
+        return snapshots_of(self.engine())
+
+    def forget_snapshot(self, name: str) -> None:
+        """Take a snapshot's name away. Raises `NotFoundError`."""
+        self._commit(Unpin(check_name(name)))
+
+    def at(self, when: "int | str | datetime") -> "Pool":
+        """Return the pool as it was: a read-only pool, to be closed when done.
+
+        `when` is a version, the name of a snapshot, or a time (the newest version that is not
+        younger; a naive one is local). It costs the index of names; bytes come when touched.
+        Raises `InvalidError` for the future, and for a pool at a path, which keeps no past.
+        """
         engine = self.engine()
-        if not self._read_only:
-            engine.flush()
-        return verify_folder(self.path, progress)
+        version = version_of(engine, when)
+        return Pool(self.path, engine.past(version), create=False, read_only=True)
+
+    def restore(self, to: "int | str | datetime") -> int:
+        """Make everything what it was, in one commit; returns the version.
+
+        It is a commit like any other: the versions before stay, so that it can be undone by
+        another `restore`. Raises `ConflictError` when somebody commits meanwhile.
+        """
+        engine = self.writing_engine()
+        with self.at(to) as then:
+            engine.sync()
+            record, staged = restoring(engine, then.engine())
+        if record.operations:
+            engine.write(record, staged).version()
+        return self.version
+
+    def branch(self, url: str, at: "int | str | datetime | None" = None) -> None:
+        """Make a pool at `url` that begins as this one is, or was, and goes its own way from there.
+
+        It shares this pool's segments: only the index and what no checkpoint has yet are copied,
+        so this pool must stay where it is. A snapshot of this pool, `branch at URL`, says so.
+        Open the branch like any other pool. Raises `ExistsError` when there is a pool at `url`.
+        """
+        engine = self.writing_engine()
+        version = engine.sync() if at is None else version_of(engine, at)
+        engine.branch(url, version)
+
+    def checkpoint(self) -> int:
+        """Make a checkpoint now, from which new hosts begin; returns its version.
+
+        Checkpoints are made by themselves when enough was committed. At a path, it makes memory
+        durable in its own files.
+        """
+        self.writing_engine()
+        return self.engine().checkpoint()
 
     # Used by transactions
 
@@ -367,7 +431,7 @@ class Pool(MutableMapping[str, Any]):
     def _find(self, name: str) -> Any:
         """Return what `name` is bound to, or `_MISSING`. The short way is for small values."""
         engine = self._engine
-        if self._closed or engine.generation != embedded.generation:
+        if self._closed or engine.generation != forks.generation:
             engine = self.engine()
         if type(name) is str:
             replica = engine.replica
@@ -416,36 +480,3 @@ class Pool(MutableMapping[str, Any]):
                 return values.decode(data, zero_copy=True)
             row = self._row(name)  # replaced between the two looks
         raise ConflictError(f"{name!r} is replaced faster than it can be read: try again")
-
-
-def open_pool(
-    path: str | os.PathLike[str],
-    *,
-    create: bool = True,
-    read_only: bool = False,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
-) -> Pool:
-    """Open the pool in the folder `path`, and make it when there is none and `create` is true.
-
-    Any number of processes may have it open at once. `timeout_s` says how long a commit waits for
-    another process that holds the writer's lock.
-
-    Raises `NotFoundError` when there is no pool and none is to be created, `InvalidError` when
-    the path cannot be a pool, `CorruptionError` when it is damaged.
-    """
-    try:
-        given = os.fsdecode(os.fspath(path))
-    except TypeError:
-        given = ""
-    if not given or "\0" in given:
-        raise InvalidError(f"{path!r} is no path: give the folder of a pool")
-    folder = Path(given).absolute()
-    if "\0" in os.fspath(folder):
-        raise InvalidError(f"{path!r} is no path: it holds a NUL")
-    if isinstance(path, str) and "://" in path:
-        raise InvalidError(f"{path!r} is a URL: this version opens pools at a path")
-    return Pool(folder, create=create and not read_only, read_only=read_only, timeout_s=timeout_s)
-
-
-def _reopen(path: str, read_only: bool, timeout_s: float) -> Pool:
-    return open_pool(path, create=False, read_only=read_only, timeout_s=timeout_s)

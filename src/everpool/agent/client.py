@@ -1,0 +1,567 @@
+"""A process's way to its host's agent, across the deaths of agents.
+
+All that is asked waits here until it is answered or its time is over. One thread connects, reads
+answers, and watches the time; whoever asks sends by itself where that needs no waiting. When an
+agent dies, the thread finds or starts another one. What was asked is asked again, in order; of
+commits that got an id, the new agent first says what became of them, which settles it for good:
+those that came to nothing are sent again, behind a fence.
+
+When the time of a commit is over, the thread first reads everything that is there. A commit
+without an id then will never be in the log, for an agent tells the id before it looks at the time,
+and looks at the time before it appends.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import select
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everpool import errors
+from everpool.agent.frames import Frames, Nonsense, pack
+from everpool.agent.starting import Finder, agent_pid, is_stopped
+from everpool.errors import (
+    ClosedError,
+    CommitUnknownError,
+    ConflictError,
+    EverpoolError,
+    InvalidError,
+    UnavailableError,
+)
+from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.records import RecordId
+from everpool.replica.batch import Result
+from everpool.verdict import Verdict
+
+_HELLO, _OUTCOMES = 1, 2
+_MOST_COMMITS = 4096
+_MOST_BYTES = 256 << 20
+_CONNECT_S = 0.01
+_LONGEST_PAUSE_S = 1.0
+_HOPELESS_PAUSE_S = 10.0
+_RECEIVED_BYTES = 64 << 10
+_ANCILLARY_BYTES = socket.CMSG_SPACE(16 * 4)
+_LONGEST_WAIT_S = 3600.0
+_log = logging.getLogger("everpool")
+
+
+class Greeting(NamedTuple):
+    """What this process tells an agent of itself.
+
+    The replica that it has open ("" for none yet), where that is in its log, and its regions.
+    """
+
+    replica: str
+    position: int
+    hash: bytes
+    regions: list[tuple[int, int]]
+
+
+class Request:
+    """Something that is asked. `done` is called when `result` or `error` is there."""
+
+    __slots__ = ("arguments", "deadline", "done", "error", "id", "number", "result", "size", "verb")
+
+    def __init__(
+        self,
+        verb: str,
+        arguments: tuple[Any, ...],
+        deadline: float,
+        done: "Callable[[Request], None]",
+    ) -> None:
+        self.verb = verb
+        self.arguments = arguments
+        self.deadline = deadline
+        self.done = done
+        self.number = 0
+        self.size = 0
+        self.id: RecordId | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Client:
+    """The way to the agent of one folder. Threads share it; a forked child must not use it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        url: str,
+        greet: Callable[[], Greeting],
+        welcome: Callable[[dict[str, Any]], bool],
+    ) -> None:
+        """`welcome(answer)` returns whether the agent's replica is the one of the greeting.
+
+        It is called for each agent; after it returned False, the client settles what it can and
+        closes.
+        """
+        self.pid = 0
+        self._folder = folder
+        self._finder = Finder(folder, url)
+        self._greet = greet
+        self._welcome = welcome
+        self._mutex = threading.Lock()
+        self._room = threading.Condition(self._mutex)
+        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self._commits = 0
+        self._bytes = 0
+        self._number = _OUTCOMES
+        self._socket: socket.socket | None = None
+        self._out: deque[tuple[int, memoryview]] = deque()
+        self._descriptors: deque[int] = deque()
+        self._frames = Frames()
+        self._received = bytearray(_RECEIVED_BYTES)
+        # Whether requests are sent, or wait for the outcomes of older ones.
+        self._up = False
+        self._moved = False
+        self._asked: list[Request] = []
+        self._attempt_at = 0.0
+        self._pause_s = _CONNECT_S
+        # No request is late before.
+        self._due = math.inf
+        # Why there is no agent, and why the agent does not reach the log.
+        self.failure: EverpoolError | None = None
+        self._trouble = ""
+        self._closing = False
+        self._closed = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._thread = threading.Thread(target=self._serve, name="everpool-agent", daemon=True)
+        self._thread.start()
+
+    # Asking
+
+    def ask(self, deadline: float, verb: str, *arguments: Any) -> Any:
+        """Return what the agent answers, or raise its error; `UnavailableError` in time."""
+        self.refuse_in_callback()
+        answered = threading.Event()
+        request = Request(verb, arguments, deadline, lambda _: answered.set())
+        with deferred():
+            self._submit(request)
+        try:
+            while not answered.wait(NOTICE_S):
+                check()
+        except BaseException:
+            self._forget(request)
+            raise
+        if request.error is not None:
+            raise request.error
+        return request.result
+
+    def commit(self, data: bytes, deadline: float, done: Callable[[Request], None]) -> None:
+        """Have a record committed, behind those that were before; `done` is called in the end.
+
+        Raises `UnavailableError` when there is no room until the deadline.
+        """
+        request = Request("commit", (data, deadline), deadline, done)
+        request.size = len(data)
+        with deferred():
+            with self._mutex:
+                while self._commits >= _MOST_COMMITS or self._bytes >= _MOST_BYTES:
+                    if self._closing or threading.get_ident() == self._thread.ident:
+                        break
+                    if not self._room.wait(NOTICE_S):
+                        check()
+                    if time.monotonic() > deadline:
+                        raise UnavailableError(
+                            "earlier commits have not left room in time; nothing was committed: "
+                            "try again"
+                        )
+            self._submit(request)
+
+    def refuse_in_callback(self) -> None:
+        """Raise `InvalidError` in the one thread that would have to answer."""
+        if threading.get_ident() == self._thread.ident:
+            raise InvalidError(
+                "the callback of a future waits for the thread that called it: hand that over to "
+                "another thread"
+            )
+
+    def drain(self) -> None:
+        """Return when every commit that was submitted before has an outcome."""
+        self.refuse_in_callback()
+        with deferred(), self._mutex:
+            last = self._number
+            while self._oldest_commit() <= last:
+                if not self._room.wait(NOTICE_S):
+                    check()
+
+    def _oldest_commit(self) -> float:
+        if not self._commits:
+            return math.inf
+        return next(one.number for one in self._requests.values() if one.verb == "commit")
+
+    def _submit(self, request: Request) -> None:
+        data = None
+        with self._mutex:
+            if self._moved and self._closing:
+                raise UnavailableError("the pool's replica was begun anew meanwhile: try again")
+            if self._closing or self._closed:
+                raise ClosedError("the pool is closed: open it again")
+            failure = self.failure
+            if self._socket is None and failure is not None and failure.kind != "unavailable":
+                raise _copy(failure)
+            self._number += 1
+            request.number = self._number
+            data = self._packed(request)
+            self._requests[request.number] = request
+            if request.verb == "commit":
+                self._commits += 1
+                self._bytes += request.size
+            if self._up:
+                self._put(request.number, data)
+            if request.deadline < self._due:
+                self._due = request.deadline
+                self._nudge()
+            elif self._out:
+                self._nudge()
+
+    def _packed(self, request: Request) -> bytes:
+        return pack(request.number, request.verb, *request.arguments)
+
+    def _forget(self, request: Request) -> None:
+        with self._mutex:
+            self._remove(request.number)
+
+    def _remove(self, number: int) -> Request | None:
+        """Take a request out. The mutex must be held."""
+        request = self._requests.pop(number, None)
+        if request is not None and request.verb == "commit":
+            self._commits -= 1
+            self._bytes -= request.size
+        self._room.notify_all()
+        return request
+
+    def _settle(self, number: int, result: Any, error: BaseException | None) -> bool:
+        """Tell the outcome of a request; False when nobody waits for it any more."""
+        with self._mutex:
+            request = self._remove(number)
+        if request is None:
+            return False
+        request.result, request.error = result, error
+        try:
+            request.done(request)
+        except Exception:
+            _log.exception("telling the outcome of a request failed")
+        return True
+
+    def close(self) -> None:
+        """Hang up. What has no answer yet ends with `ClosedError`."""
+        with self._mutex:
+            self._closing = True
+        self._nudge()
+        if threading.get_ident() != self._thread.ident:
+            self._thread.join()
+
+    def abandon(self) -> list[Callable[[Request], None]]:
+        """In a forked child: close what belongs to the parent, without a word to the agent.
+
+        Returns what would have been called with the answers.
+        """
+        self._mutex = threading.Lock()
+        self._room = threading.Condition(self._mutex)
+        self._closing = self._closed = True
+        link, self._socket = self._socket, None
+        if link is not None:
+            link.close()
+        self._finder.give_up()
+        with contextlib.suppress(OSError):
+            os.close(self._wake)
+        left = [request.done for request in self._requests.values()]
+        self._requests.clear()
+        return left
+
+    # The thread
+
+    def _nudge(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing:
+                self._step()
+            self._end(ClosedError("the pool is closed: open it again"))
+        except BaseException as error:
+            self._end(UnavailableError(f"the way to the pool's agent failed: {error!r}"))
+            raise
+        finally:
+            self._poll.unregister(self._wake)
+            os.close(self._wake)
+
+    def _step(self) -> None:
+        """Wait for something to do, and do it."""
+        if self._socket is None and time.monotonic() >= self._attempt_at:
+            self._connect()
+        with self._mutex:
+            wakes_at = self._due if self._socket is not None else min(self._due, self._attempt_at)
+            if self._socket is not None:
+                interest = select.POLLIN | (select.POLLOUT if self._out else 0)
+                self._poll.register(self._socket, interest)
+        wait_s = min(max(0.0, wakes_at - time.monotonic()), _LONGEST_WAIT_S)
+        ready = dict(self._poll.poll(1000 * wait_s + 1 if wait_s else 0))
+        now = time.monotonic()
+        if ready.pop(self._wake, 0):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+        for events in ready.values():
+            if events & select.POLLOUT:
+                with self._mutex:
+                    self._flush()
+            if events & ~select.POLLOUT:
+                self._receive()
+        if now >= self._due:
+            # What was there when their time was over is there now.
+            while self._socket is not None and self._receive():
+                pass
+            self._expire(now)
+
+    def _put(self, number: int, data: bytes) -> None:
+        """Send a frame, now or when there is room. The mutex must be held."""
+        self._out.append((number, memoryview(data)))
+        if len(self._out) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what there is room for. The mutex must be held."""
+        link = self._socket
+        if link is None:
+            return
+        with contextlib.suppress(OSError):  # its end shows when it is read
+            while self._out:
+                number, view = self._out[0]
+                sent = link.send(view, socket.MSG_NOSIGNAL)
+                if sent == len(view):
+                    self._out.popleft()
+                else:
+                    self._out[0] = (-abs(number), view[sent:])  # begun: it must be finished
+
+    def _receive(self) -> bool:
+        """Read what there is, or some of it; False when there was nothing."""
+        assert self._socket is not None
+        try:
+            size, ancillary, _, _ = self._socket.recvmsg_into(
+                [self._received], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return False
+        except OSError:
+            size, ancillary = 0, []
+        for _, _, descriptors in ancillary:
+            self._descriptors.extend(memoryview(descriptors).cast("i"))
+        if not size:
+            self._hung_up()
+            return False
+        try:
+            for frame in self._frames.feed(memoryview(self._received)[:size]):
+                self._take(*frame)
+        except Nonsense:
+            self._hung_up()
+        return True
+
+    def _take(self, number: int, what: str, *rest: Any) -> None:
+        if what == "ids":
+            session, pairs = rest
+            with self._mutex:
+                for number, sequence in pairs:
+                    request = self._requests.get(number)
+                    if request is not None:
+                        request.id = RecordId(session, sequence)
+        elif what == "done":
+            session, found = rest
+            for number, sequence, verdict, version, detail, old in found:
+                id = RecordId(session, sequence)
+                self._settle(number, Result(id, Verdict(verdict), version, detail, old), None)
+        elif what == "trouble":
+            self._trouble = rest[0]
+        elif number in (_HELLO, _OUTCOMES):
+            self._take_ours(number, what, rest)
+        elif what == "ok":
+            self._settle(number, rest[0], None)
+        elif what == "region":
+            descriptor = self._descriptors.popleft()
+            if not self._settle(number, descriptor, None):
+                os.close(descriptor)
+        else:
+            self._settle(number, None, error_of(*rest))
+
+    def _expire(self, now: float) -> None:
+        """Give up what is late by a time after which everything was read."""
+        with self._mutex:
+            late = [one for one in self._requests.values() if one.deadline <= now]
+            times = (one.deadline for one in self._requests.values() if one.deadline > now)
+            self._due = min(times, default=math.inf)
+            numbers = {one.number for one in late}
+            self._out = deque(item for item in self._out if item[0] not in numbers)
+        why = self._why()
+        for request in late:
+            error: EverpoolError
+            if request.verb != "commit":
+                error = UnavailableError(why, pid=self.pid)
+            elif request.id is None:
+                error = UnavailableError(f"{why}; nothing was committed", pid=self.pid)
+            else:
+                words = f"{why}; whether the commit came to anything is not known: ask `outcome`"
+                error = CommitUnknownError(f"{words} for {request.id}", id=request.id)
+            self._settle(request.number, None, error)
+
+    def _why(self) -> str:
+        pid = self.pid if self._up else agent_pid(self._folder)
+        if self._socket is None and self.failure is not None:
+            return self.failure.message
+        if pid and is_stopped(pid):
+            return f"the pool's agent (process {pid}) is stopped: continue it, or end it"
+        if self._trouble:
+            return f"the pool's log is out of reach ({self._trouble}): try again later"
+        if self._socket is None:
+            return f"the pool's agent did not start in time: see {self._folder}/agent.log"
+        return f"the pool's agent (process {pid}) has not answered in time: try again"
+
+    # One agent after the other
+
+    def _connect(self) -> None:
+        """Connect and say hello, if there is somebody."""
+        try:
+            link = self._finder.connect()
+        except EverpoolError as error:
+            self._failed(error)
+            return
+        if link is None:
+            self._attempt_at = time.monotonic() + _CONNECT_S
+            return
+        link.setblocking(False)
+        with self._mutex:
+            self._socket = link
+            self._frames = Frames()
+            self._trouble = ""
+            self._put(_HELLO, pack(_HELLO, "hello", os.getpid(), *self._greet()))
+
+    def _failed(self, error: EverpoolError) -> None:
+        """There is no agent to be had: wait a little, and end what waiting would not help."""
+        self.failure = error
+        self._attempt_at = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if error.kind == "unavailable":
+            return
+        self._attempt_at = time.monotonic() + _HOPELESS_PAUSE_S
+        with self._mutex:
+            left = list(self._requests.values())
+        for request in left:
+            if request.id is None:
+                self._settle(request.number, None, _copy(error))
+
+    def _hung_up(self) -> None:
+        """The agent is gone, and everything it said was read."""
+        link = self._socket
+        assert link is not None
+        self._poll.unregister(link)
+        with self._mutex:
+            self._socket = None
+            self._up = False
+            self._out.clear()
+        link.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        self._asked = []
+        self._attempt_at = time.monotonic() + self._pause_s - _CONNECT_S
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+    def _take_ours(self, number: int, what: str, rest: tuple[Any, ...]) -> None:
+        if what != "ok":
+            self._failed(error_of(*rest))
+            self._hung_up()
+        elif number == _HELLO:
+            self._welcomed(rest[0])
+        else:
+            self._learned(rest[0])
+
+    def _welcomed(self, answer: dict[str, Any]) -> None:
+        self.pid = answer["pid"]
+        self._trouble = answer["trouble"]
+        self.failure = None
+        self._moved = not self._welcome(answer)
+        with self._mutex:
+            self._asked = [one for one in self._requests.values() if one.id is not None]
+            if self._asked:
+                ids = [list(one.id) for one in self._asked if one.id is not None]
+                self._put(_OUTCOMES, pack(_OUTCOMES, "outcomes", ids))
+                return
+        self._resume()
+
+    def _learned(self, outcomes: list[tuple[str, int, list[bytes]]]) -> None:
+        """Settle the commits that a dead agent left; the others can come to nothing any more."""
+        asked, self._asked = self._asked, []
+        for request, (state, version, old) in zip(asked, outcomes, strict=True):
+            id = request.id
+            assert id is not None
+            if state == "committed":
+                result = Result(id, Verdict.COMMITTED, version, "", old)
+                self._settle(request.number, result, None)
+            elif state == "expired":
+                words = f"what became of {id} was decided longer ago than outcomes are kept"
+                self._settle(request.number, None, CommitUnknownError(words, id=id))
+            else:
+                request.id = None
+        self._resume()
+
+    def _resume(self) -> None:
+        """Send everything that has no answer, in order."""
+        if self._moved:
+            self._leave()
+            return
+        self._pause_s = _CONNECT_S
+        with self._mutex:
+            self._up = True
+            for request in self._requests.values():
+                self._put(request.number, self._packed(request))
+            if self._out:
+                self._nudge()
+
+    def _leave(self) -> None:
+        """The replica was begun anew: nothing that was asked of the old one is for the new one."""
+        self._closing = True
+        with self._mutex:
+            left = list(self._requests.values())
+        for request in left:
+            if request.verb == "commit":
+                words = "the pool's replica was begun anew while this was on its way: run it again"
+                self._settle(request.number, None, ConflictError(words))
+            else:
+                words = "the pool's replica was begun anew meanwhile: try again"
+                self._settle(request.number, None, UnavailableError(words))
+
+    def _end(self, error: EverpoolError) -> None:
+        with self._mutex:
+            self._closing = self._closed = True
+            left = list(self._requests.values())
+        if self._socket is not None:
+            self._hung_up()
+        self._finder.give_up()
+        for request in left:
+            if request.id is None:
+                self._settle(request.number, None, error)
+            else:
+                unknown = CommitUnknownError(f"{error.message}: ask `outcome`", id=request.id)
+                self._settle(request.number, None, unknown)
+
+
+def _copy(error: EverpoolError) -> EverpoolError:
+    """Return an error of one's own: it gets a traceback."""
+    return type(error)(error.message, **error.facts)
+
+
+def error_of(name: str, message: str, facts: dict[str, Any]) -> EverpoolError:
+    """Return the error that an agent reported."""
+    kind = getattr(errors, name, EverpoolError)
+    if kind is CommitUnknownError:
+        id = RecordId(bytes.fromhex(facts["session"]), facts["sequence"])
+        return CommitUnknownError(message, id=id)
+    return kind(message, **facts)

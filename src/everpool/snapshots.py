@@ -1,0 +1,118 @@
+"""A pool's past: snapshots, looking back, and bringing back what was."""
+
+import datetime
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from everpool.errors import InvalidError, NotFoundError
+from everpool.memory import INLINE_STORE_BYTES
+from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, Write
+from everpool.replica.bulk import Staged
+from everpool.replica.index import BULK, INLINE, MEMORY, NameRow
+
+if TYPE_CHECKING:
+    from everpool.engine import Engine
+
+_PIECE_BYTES = 1 << 20
+
+
+class Snapshot(NamedTuple):
+    """A version that has a name. `time` is when the name was given, by the log's clock (UTC)."""
+
+    name: str
+    version: int
+    time: datetime.datetime
+
+
+def snapshots_of(engine: "Engine") -> list[Snapshot]:
+    """Return all snapshots, oldest version first."""
+    with engine.replica.index.read() as txn:
+        found = engine.replica.index.pins(txn)
+    return [Snapshot(name, version, _time_of(time_ns)) for name, version, time_ns in found]
+
+
+def version_of(engine: "Engine", when: object) -> int:
+    """Return the version that a number, a snapshot's name or a time stands for."""
+    if type(when) is int:
+        return when
+    if isinstance(when, str):
+        for snapshot in snapshots_of(engine):
+            if snapshot.name == when:
+                return snapshot.version
+        raise NotFoundError(f"there is no snapshot {when!r}: see `pool.snapshots()`", name=when)
+    if isinstance(when, datetime.datetime):
+        return engine.version_at(int(when.timestamp() * 1e9))
+    raise InvalidError(f"{when!r} is no version, snapshot or datetime")
+
+
+def _time_of(time_ns: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(time_ns / 1e9, datetime.UTC)
+
+
+def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
+    """Return the record that makes everything what it was, and what it stored for that.
+
+    It conflicts with whatever is committed before it. Values are bound to the segments they had;
+    of memory only the bytes that differ are written.
+    """
+    version, names = now.replica.names_at("")
+    old = then.replica.names_at("")[1]
+    operations: list[Operation] = []
+    staged: list[Staged] = []
+    created = 0
+    for name in sorted({*names, *old}):
+        current, wanted = now.replica.find(name).row, then.replica.find(name).row
+        if wanted is None:
+            operations.append(Delete(name))
+        elif wanted.kind == MEMORY:
+            if current is None or current.id != wanted.id:
+                if current is not None:
+                    operations.append(Delete(name))
+                operations.append(Allocate(name, wanted.size, bytes(wanted.body)))
+                created += 1
+                target, parts = -created, _written(then, wanted)
+            else:
+                target, parts = wanted.id, _different(now, then, wanted)
+            for offset, data in parts:
+                payload: Payload = data
+                if len(data) > INLINE_STORE_BYTES // 2:
+                    staged.append(now.stage_bytes(memoryview(data)))
+                    payload = staged[-1].reference
+                operations.append(Write(target, offset, payload))
+        elif current is None or current.id != wanted.id:
+            if current is not None and current.kind == MEMORY:
+                operations.append(Delete(name))
+            operations.append(Put(name, _payload(wanted)))
+    memory = [row for name in names if (row := now.replica.find(name).row) and row.kind == MEMORY]
+    ranges = [(row.id, 0, row.size) for row in memory]
+    return Record(version, list(names), [""], ranges, operations), staged
+
+
+def _payload(row: NameRow) -> Payload:
+    assert row.kind in (INLINE, BULK)
+    return bytes(row.body) if row.kind == INLINE else row.reference()
+
+
+def _written(engine: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:
+    """Yield the pieces of memory that were ever written to."""
+    for start, size in engine.replica.memories.extents(row.id, row.size):
+        for offset in range(start, start + size, _PIECE_BYTES):
+            data = _read(engine, row, offset, min(_PIECE_BYTES, start + size - offset))
+            if data.strip(b"\0"):
+                yield offset, data
+
+
+def _different(now: "Engine", then: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:
+    """Yield the pieces of memory that are not what they were, as they were."""
+    extents = now.replica.memories.extents(row.id, row.size)
+    for start, size in extents:  # whatever was written then has been written by now
+        for offset in range(start, start + size, 1 << 16):
+            length = min(1 << 16, start + size - offset)
+            data = _read(then, row, offset, length)
+            if data != _read(now, row, offset, length):
+                yield offset, data
+
+
+def _read(engine: "Engine", row: NameRow, offset: int, size: int) -> bytes:
+    view = engine.replica.map_memory(row.id, row.size)
+    return bytes(engine.replica.read_memory(row.id, "", view, offset, size)[0])
