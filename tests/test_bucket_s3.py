@@ -1,0 +1,77 @@
+"""Pools over a real S3 server: the guarantees that several hosts take part in."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import everpool
+from everpool import NotFoundError
+from everpool.testing.conformance import Harness
+from everpool.testing.conformance.clients import ClientGuarantees
+from everpool.testing.conformance.transactions import TransactionGuarantees
+from support.agents import end_agents
+from support.s3 import Server
+
+
+@pytest.fixture(autouse=True)
+def environment(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+class OverS3:
+    @pytest.fixture(autouse=True)
+    def keep_server(self, s3: Server) -> None:
+        self.s3 = s3
+
+    def make_pool(self, tmp_path: Path) -> Harness:
+        count = itertools.count()
+        url = self.s3.make_url()
+        return Harness(
+            lambda: everpool.open(url, cache_dir=tmp_path / f"host{next(count)}"),
+            remove=lambda: end_agents(tmp_path),
+        )
+
+
+class TestClients(OverS3, ClientGuarantees):
+    pass
+
+
+@pytest.mark.soak
+class TestTransactions(OverS3, TransactionGuarantees):
+    pass
+
+
+def test_checkpoints_the_past_and_a_new_host(s3: Server, tmp_path: Path) -> None:
+    url = s3.make_url()
+    try:
+        with everpool.open(url, cache_dir=tmp_path / "one") as pool:
+            large = np.arange(3_000_000)
+            pool["large"] = large
+            memory = pool.allocate("m", 1 << 34)
+            memory.write(1 << 33, os.urandom(3 << 20))
+            written = memory.read(1 << 33, 3 << 20)
+            pool.snapshot("then")
+            pool.checkpoint()
+            pool["large"] = 1
+            memory.write(1 << 33, b"now")
+            with pool.at("then") as past:
+                assert np.array_equal(past["large"], large)
+                assert past.memory("m").read(1 << 33, 3 << 20) == written
+        with everpool.open(url, cache_dir=tmp_path / "two") as other:
+            other.sync()
+            assert other["large"] == 1
+            assert other.memory("m").read(1 << 33, 6) == b"now" + written[3:6]
+            other.restore("then")
+            assert np.array_equal(other["large"], large) and other.verify().ok
+    finally:
+        end_agents(tmp_path)
+
+
+def test_a_pool_that_is_not_there(s3: Server, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="create=True"):
+        everpool.open(s3.make_url(), create=False, cache_dir=tmp_path)
+

@@ -1,0 +1,240 @@
+"""A pool's past: every version can be looked at and brought back, also over checkpoints."""
+
+import datetime
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import everpool
+from everpool import ConflictError, ExistsError, InvalidError, NotFoundError
+from support.agents import end_agents
+
+_PLACES = [0, 100, 1 << 20, 1 << 29]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    yield f"file://{tmp_path}/bucket"
+    end_agents(tmp_path)
+
+
+@pytest.fixture
+def pool(url: str, tmp_path: Path) -> Iterator[Any]:
+    with everpool.open(url, cache_dir=tmp_path / "host") as pool:
+        yield pool
+
+
+def picture(pool: Any) -> dict[str, Any]:
+    """Return what can be seen of a pool, as plain data."""
+    return {name: plain(pool[name]) for name in pool}
+
+
+def plain(found: Any) -> Any:
+    if isinstance(found, everpool.Memory):
+        return "memory", found.size, [found.read(place, 60) for place in _PLACES]
+    if isinstance(found, everpool.Array):
+        return "array", found[...].tolist()
+    if isinstance(found, np.ndarray):
+        return "value", len(found), found[:5].tolist()
+    return found
+
+
+def change(pool: Any, choose: random.Random) -> None:
+    """Do something at random."""
+    kind, name, memory = choose.random(), f"n/{choose.randrange(20)}", f"m/{choose.randrange(3)}"
+    if kind < 0.3:
+        pool[name] = choose.randrange(1000)
+    elif kind < 0.4:
+        pool[name] = np.arange(choose.randrange(9000, 12000))
+    elif kind < 0.5:
+        pool.pop(name, None)
+    elif kind < 0.6:
+        pool.pop(memory, None)
+        pool.allocate(memory, 1 << 30)
+    elif kind < 0.7:
+        if "array" not in pool:
+            pool.allocate_array("array", 50, "i8")
+        pool.array("array")[choose.randrange(50)] = choose.randrange(100)
+    elif memory in pool:
+        place = choose.choice(_PLACES)
+        if kind < 0.85:
+            pool.memory(memory).write(place, choose.randbytes(30))
+        else:
+            pool.memory(memory).fetch_add(place, choose.randrange(50))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_version_can_be_looked_at_and_brought_back(pool: Any, seed: int) -> None:
+    choose = random.Random(seed)
+    pictures = {0: {}}
+    for _ in range(150):
+        change(pool, choose)
+        if choose.random() < 0.05:
+            pool.checkpoint()
+        if choose.random() < 0.15:
+            pictures[pool.version] = picture(pool)
+    for version, expected in pictures.items():
+        with pool.at(version) as past:
+            assert past.version == version and picture(past) == expected, version
+    now, current = pool.version, picture(pool)
+    for version in choose.sample(sorted(pictures), 5):
+        pool.restore(version)
+        assert picture(pool) == pictures[version], version
+    pool.restore(now)
+    assert picture(pool) == current
+    assert pool.verify().ok
+
+
+def test_a_version_in_the_midst_of_an_entry_can_be_looked_at(pool: Any) -> None:
+    futures = []
+    for number in range(300):
+        with pool.transaction(wait=False) as tx:
+            tx["number"] = number
+        futures.append(tx.committed)
+    versions = [future.result(20) for future in futures]
+    for number in range(0, 300, 37):
+        with pool.at(versions[number]) as past:
+            assert past["number"] == number
+
+
+def test_a_time_stands_for_the_version_of_that_moment(pool: Any) -> None:
+    moments = []
+    for number in range(4):
+        pool["number"] = number
+        time.sleep(0.02)
+        moments.append(datetime.datetime.now(datetime.UTC))
+        time.sleep(0.02)
+        if number == 1:
+            pool.checkpoint()
+    for number, moment in enumerate(moments):
+        with pool.at(moment) as past:
+            assert past["number"] == number
+    with pool.at(datetime.datetime(2001, 1, 1)) as past:
+        assert past.version == 0 and list(past) == []
+
+
+def test_snapshots_have_names_on_every_host(pool: Any, url: str, tmp_path: Path) -> None:
+    pool["a"] = 1
+    made = pool.snapshot("first")
+    assert made.version == pool.version and made.time.tzinfo is not None
+    pool["a"] = 2
+    pool.snapshot("older", made.version - 1)
+    with pytest.raises(ExistsError, match="first"):
+        pool.snapshot("first")
+    pool.checkpoint()
+    with everpool.open(url, cache_dir=tmp_path / "other") as other:
+        assert [found.name for found in other.snapshots()] == ["older", "first"]
+        with other.at("first") as past:
+            assert past["a"] == 1
+        other.restore("first")
+    pool.sync()
+    assert pool["a"] == 1
+    pool.forget_snapshot("first")
+    assert [found.name for found in pool.snapshots()] == ["older"]
+    with pytest.raises(NotFoundError, match="first"):
+        pool.at("first")
+    with pytest.raises(NotFoundError):
+        pool.forget_snapshot("first")
+
+
+def test_the_past_does_not_change(pool: Any) -> None:
+    memory = pool.allocate("m", 100)
+    memory.write(0, b"old")
+    with pool.at(pool.version) as past:
+        seen = past.memory("m")
+        view = seen.view()
+        memory.write(0, b"new")
+        assert bytes(view[:3]) == seen.read(0, 3) == b"old"
+        for act in (
+            lambda: past.__setitem__("a", 1),
+            lambda: past.allocate("b", 1),
+            lambda: seen.write(0, b"x"),
+            lambda: past.snapshot("s"),
+        ):
+            with pytest.raises(InvalidError):
+                act()
+    assert bytes(view[:3]) == b"old", "a view outlives its pool"
+
+
+def test_what_cannot_be_gone_back_to(pool: Any, tmp_path: Path) -> None:
+    for wrong in (pool.version + 1, -1, 2.5, None):
+        with pytest.raises(InvalidError):
+            pool.at(wrong)
+    with pytest.raises(NotFoundError, match="snapshots"):
+        pool.at("never made")
+    with everpool.open(tmp_path / "path") as embedded:
+        embedded["a"] = 1
+        with pytest.raises(InvalidError, match="copy"):
+            embedded.at(0)
+
+
+def test_a_restore_conflicts_with_what_comes_in_between(
+    pool: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool["a"] = 1
+    version = pool.version
+    pool["a"] = 2
+    whole = everpool.pool.restoring
+
+    def overtaken(*engines: Any) -> Any:
+        found = whole(*engines)
+        with everpool.open(url, cache_dir=tmp_path / "other") as other:
+            other["b"] = 1
+        return found
+
+    monkeypatch.setattr(everpool.pool, "restoring", overtaken)
+    with pytest.raises(ConflictError):
+        pool.restore(version)
+    pool.sync()
+    assert pool["a"] == 2
+
+
+def test_a_branch_goes_its_own_way(pool: Any, url: str, tmp_path: Path) -> None:
+    large = np.arange(1_000_000)
+    pool["large"] = large
+    pool["name"] = "parent"
+    memory = pool.allocate("m", 1 << 30)
+    memory.write(1 << 29, b"before" * 100_000)
+    pool.checkpoint()
+    memory.write(0, b"behind the checkpoint")
+    then = pool.version
+    pool["name"] = "parent, later"
+    stored = folder_size(tmp_path / "bucket")
+    there = f"file://{tmp_path}/branch"
+    pool.branch(there, then)
+    assert folder_size(tmp_path / "bucket") - stored < 100_000
+    assert folder_size(tmp_path / "branch") < 1_500_000, "segments were copied"
+    assert [found.name for found in pool.snapshots()] == [f"branch at {there}"]
+    with everpool.open(there, cache_dir=tmp_path / "host") as branch:
+        assert branch.version == then and branch["name"] == "parent"
+        assert np.array_equal(branch["large"], large)
+        assert branch.memory("m").read(0, 21) == b"behind the checkpoint"
+        assert branch.memory("m").read((1 << 29) + 6, 6) == b"before"
+        branch["name"] = "branch"
+        branch.memory("m").write(1 << 29, b"BRANCH")
+        branch.checkpoint()
+        branch["large"] = np.zeros(100_000)
+        with branch.at(then) as past:
+            assert past["name"] == "parent" and past.memory("m").read(1 << 29, 6) == b"before"
+        with pytest.raises(InvalidError, match="branched"):
+            branch.at(then - 1)
+        branch.branch(f"file://{tmp_path}/twig")
+        assert branch.verify().ok
+    for host in ("host", "other"):
+        with everpool.open(f"file://{tmp_path}/twig", cache_dir=tmp_path / host) as twig:
+            assert twig["name"] == "branch" and len(twig["large"]) == 100_000
+            assert twig.memory("m").read(1 << 29, 12) == b"BRANCHbefore"
+            assert twig.memory("m").read(0, 6) == b"behind"
+    pool.sync()
+    assert pool["name"] == "parent, later" and memory.read(1 << 29, 6) == b"before"
+    with pytest.raises(ExistsError, match="choose another"):
+        pool.branch(there)
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
