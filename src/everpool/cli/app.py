@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import everpool
-from everpool.cli import objects, trees, watching
+from everpool.cli import copying, objects, past, trees, watching
 from everpool.cli.boundary import (
     Example,
     add_command,
@@ -48,14 +48,16 @@ def everpool_(
 ) -> None:
     """Persistent memory for Python: one pool of named objects that processes share.
 
-    Every command takes the pool's folder first. Results go to standard output, messages and
-    progress to standard error. `everpool COMMAND --help` shows examples.
+    Every command takes the pool first: its folder, or its URL in a bucket. Results go to standard
+    output, messages and progress to standard error. `everpool COMMAND --help` shows examples.
     """
 
 
 app.callback(help=help_text(everpool_))(everpool_)
 objects.register(app)
 trees.register(app)
+copying.register(app)
+past.register(app)
 watching.register(app)
 
 _FORWARD: dict[str, Any] = {

@@ -73,12 +73,14 @@ def import_tree(
     pool: everpool.Pool,
     folder: Path,
     *,
-    pool_path: Path,
+    pool_path: Path | None,
     prefix: str = "",
     force: bool = False,
     meter: Meter,
 ) -> Imported:
     """Store every file below `folder` under its relative path with `prefix` before it.
+
+    `pool_path` is the pool's own folder, resolved, which is not imported; None: it has none.
 
     An .npy file becomes an array, any other file bytes. A folder written by export is recognised
     by its manifest: names and types are restored, and each file must be what its SHA-256 says. A
@@ -109,7 +111,7 @@ def import_tree(
     return result
 
 
-def _items(folder: Path, pool_path: Path, prefix: str, result: Imported) -> Iterator[Item]:
+def _items(folder: Path, pool_path: Path | None, prefix: str, result: Imported) -> Iterator[Item]:
     if not folder.is_dir():
         raise InvalidError(f"{folder} is not a folder: name one, or store a file with everpool put")
     manifest = read_manifest(folder)
@@ -125,11 +127,12 @@ def _items(folder: Path, pool_path: Path, prefix: str, result: Imported) -> Iter
         yield Item(prefix + name, path, kind, path.stat().st_size, **known)
 
 
-def _plain_items(folder: Path, pool_path: Path, prefix: str, result: Imported) -> Iterator[Item]:
-    own = pool_path.resolve()
+def _plain_items(
+    folder: Path, pool_path: Path | None, prefix: str, result: Imported
+) -> Iterator[Item]:
     for parent, folders, files in os.walk(folder):
         # The pool itself may lie inside the tree.
-        folders[:] = sorted(f for f in folders if (Path(parent) / f).resolve() != own)
+        folders[:] = sorted(f for f in folders if (Path(parent) / f).resolve() != pool_path)
         for file in sorted(files):
             path = Path(parent) / file
             relative = path.relative_to(folder).as_posix()

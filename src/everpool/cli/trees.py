@@ -10,7 +10,7 @@ from rich.markup import escape
 from everpool.cli.boundary import FAILED, Example, add_command
 from everpool.cli.exporting import export_pool
 from everpool.cli.importing import import_tree
-from everpool.cli.opening import AsJson, PoolPath, open_to_read, open_to_write
+from everpool.cli.opening import AsJson, PoolPath, folder_of, open_to_read, open_to_write
 from everpool.cli.terminal import (
     count,
     human_size,
@@ -52,7 +52,9 @@ def import_(
     it again. When a name holds something else, nothing is imported unless --force is given.
     """
     with meter() as bar, open_to_write(pool, create=True) as opened:
-        result = import_tree(opened, folder, pool_path=pool, prefix=prefix, force=force, meter=bar)
+        result = import_tree(
+            opened, folder, pool_path=folder_of(pool), prefix=prefix, force=force, meter=bar
+        )
     for name in result.as_bytes:
         say(f"[yellow]kept as bytes:[/yellow] {escape(printable(name))} is no plain .npy array")
     for name, reason in result.left_out.items():
@@ -92,7 +94,8 @@ def export(
 
     An interrupted export is finished by running it again.
     """
-    if folder.resolve().is_relative_to(pool.resolve()):
+    own = folder_of(pool)
+    if own is not None and folder.resolve().is_relative_to(own):
         raise InvalidError(f"{folder} is inside the pool: export to a folder of its own")
     with open_to_read(pool) as opened, meter() as bar:
         result = export_pool(opened, folder, prefix=prefix, force=force, live=live, meter=bar)

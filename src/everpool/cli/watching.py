@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -118,9 +117,9 @@ def verify(pool: PoolPath, as_json: AsJson = False) -> None:
         print_line("ok: every checksum holds")
 
 
-def _verify_in_child(pool: Path, bar: Meter) -> dict[str, Any]:
+def _verify_in_child(pool: str, bar: Meter) -> dict[str, Any]:
     """Run `_check` in a process that may crash; it prints how far it is, then what it found."""
-    command = [sys.executable, "-m", "everpool.cli.watching", str(pool)]
+    command = [sys.executable, "-m", "everpool.cli.watching", pool]
     found: dict[str, Any] = {}
     done_bytes = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -143,9 +142,9 @@ def _verify_in_child(pool: Path, bar: Meter) -> dict[str, Any]:
     return {"damage": [{"name": "", "detail": detail}]}
 
 
-def _check(path: Path) -> dict[str, Any]:
+def _check(pool: str) -> dict[str, Any]:
     try:
-        with open_to_read(path) as opened:
+        with open_to_read(pool) as opened:
             report = opened.verify(_print_progress)
     except everpool.CorruptionError as error:
         return {"damage": [{"name": "", "detail": str(error)}]}
@@ -166,6 +165,6 @@ def _as_entry(damage: Any) -> dict[str, str]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(_check(Path(sys.argv[1]))))
+        print(json.dumps(_check(sys.argv[1])))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -1,0 +1,198 @@
+"""The command that carries objects from one pool to another: copy."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+import everpool
+from everpool.cli.boundary import FAILED, Example, add_command
+from everpool.cli.describe import MEMORY, MEMORY_ARRAY, describe
+from everpool.cli.opening import AsJson, folder_of, is_url, open_to_read, open_to_write
+from everpool.cli.terminal import (
+    Meter,
+    count,
+    human_size,
+    meter,
+    print_json,
+    print_line,
+    printable,
+    say,
+)
+from everpool.cli.transfer import (
+    BATCH_BYTES,
+    BATCH_OBJECTS,
+    ONE_COMMIT_BYTES,
+    Copied,
+    Copier,
+    difference,
+    names_to_copy,
+)
+from everpool.errors import InvalidError, NotFoundError
+
+# How large values and memory travel: see `everpool.store` and `everpool.cli.files`.
+_INLINE_BYTES = 64 << 10
+_PART_BYTES = 8 << 20
+_PIECE_BYTES = 4 << 20
+_OPENING_REQUESTS = 10
+
+_WHERE = "A pool's folder or URL: s3://, gs://, az:// or file:///."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module to `app`."""
+    add_command(app, "copy", *_COPY_EXAMPLES)(copy)
+
+
+_COPY_EXAMPLES = (
+    Example("a whole pool into another one", "everpool copy ./pool ./backup"),
+    Example("the names that begin so", "everpool copy ./pool ./backup --prefix scans/"),
+    Example("what it would carry, and about how many requests", "everpool copy ./pool ./b -n"),
+    Example("and compare everything afterwards", "everpool copy ./pool ./backup --verify"),
+)
+
+
+def copy(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=_WHERE)],
+    target: Annotated[str, typer.Argument(metavar="DST", help=f"{_WHERE} Created if absent.")],
+    prefix: Annotated[str, typer.Option(help="Only names that begin so.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Change nothing; list names and bytes.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare everything afterwards; exit 1 if it differs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a pool, or the names under --prefix, into another pool of any kind.
+
+    Values keep their type exactly. Of memory only what was written is copied, so it stays sparse.
+    Each object is copied as one version of SRC has it, but not all as the same version. Names in
+    DST that hold something else are replaced; names that only DST has stay.
+
+    What DST holds already is compared and not written again, so an interrupted copy is finished by
+    running it again. An object appears under its name whole, except memory of which more than 4
+    MiB must be written: while that is being filled, DST has a name under everpool/copying/ too.
+    """
+    if source == target or (folder_of(source) and folder_of(source) == folder_of(target)):
+        raise InvalidError(f"{source} and {target} are one pool: name another destination")
+    with open_to_read(source) as opened:
+        if dry_run:
+            _print_plan(opened, source, target, prefix, as_json)
+            return
+        result = Copied(source, target)
+        with open_to_write(target, create=True) as into, meter() as bar:
+            Copier(opened, into, result, bar).run(prefix)
+            if verify:
+                _compare(opened, into, prefix, result, bar)
+    _print_result(result, as_json)
+    if result.left_out or result.differs:
+        raise typer.Exit(FAILED)
+
+
+def _compare(
+    source: everpool.Pool, target: everpool.Pool, prefix: str, result: Copied, bar: Meter
+) -> None:
+    result.verified = 0
+    for name in names_to_copy(source, prefix):
+        if name in result.left_out:
+            continue
+        bar.begin(f"comparing {name}")
+        with contextlib.suppress(NotFoundError):  # deleted meanwhile
+            found = difference(source, target, name)
+            if found is not None:
+                result.differs[name] = found
+            result.verified += 1
+
+
+def _print_result(result: Copied, as_json: bool) -> None:
+    for name, reason in result.left_out.items():
+        say(f"[red]left out:[/red] {escape(printable(name))}: {escape(reason)}")
+    for name, reason in result.differs.items():
+        say(f"[red]differs:[/red] {escape(printable(name))}: {escape(reason)}")
+    if as_json:
+        print_json(asdict(result))
+        return
+    line = f"copied {count(result.objects, 'object')}, {human_size(result.bytes)}"
+    if result.unchanged:
+        line += f"; {result.unchanged} were there already"
+    if result.verified is not None:
+        line += f"; compared {result.verified}"
+    print_line(line)
+
+
+# What it would cost
+
+
+@dataclass
+class _Requests:
+    """About how many requests of each kind a copy makes of the two buckets, if they are such."""
+
+    put: int = 0
+    get: int = 0
+
+
+def _print_plan(
+    source: everpool.Pool, source_url: str, target: str, prefix: str, as_json: bool
+) -> None:
+    there = _names_there(target, prefix)
+    requests = _Requests()
+    objects: list[dict[str, Any]] = []
+    batch = batch_bytes = 0
+    for facts in _plan(source, prefix):
+        size: int = facts["bytes"]
+        memory = facts["kind"] in (MEMORY, MEMORY_ARRAY)
+        if is_url(source_url) and (memory or size > _INLINE_BYTES):
+            requests.get += _pieces(size, _PIECE_BYTES)
+        if is_url(target):
+            if memory:
+                requests.put += 1 if size <= ONE_COMMIT_BYTES else 2 + 2 * _pieces(size)
+            elif size > _INLINE_BYTES:
+                parts = _pieces(size, _PART_BYTES)
+                requests.put += parts if parts == 1 else parts + 2
+            if facts["name"] in there:
+                requests.get += _pieces(size)
+        if is_url(target) and not memory:
+            requests.put += batch == 0
+            batch, batch_bytes = batch + 1, batch_bytes + size
+            if batch >= BATCH_OBJECTS or batch_bytes >= BATCH_BYTES:
+                batch = batch_bytes = 0
+        objects.append({**facts, "exists": facts["name"] in there})
+        if not as_json:
+            mark = "compare" if facts["name"] in there else "new"
+            print_line(f"{mark:<8} {human_size(size):>10}  {printable(facts['name'])}")
+    requests.get += _OPENING_REQUESTS * (is_url(source_url) + is_url(target))
+    total = sum(entry["bytes"] for entry in objects)
+    if as_json:
+        print_json({"objects": objects, "bytes": total, "requests": asdict(requests)})
+        return
+    print_line(f"would copy {count(len(objects), 'object')}, {human_size(total)}")
+    if is_url(source_url) or is_url(target):
+        print_line(f"about {requests.put:,} PUT and {requests.get:,} GET requests")
+
+
+def _plan(source: everpool.Pool, prefix: str) -> Iterator[dict[str, Any]]:
+    for name in names_to_copy(source, prefix):
+        try:
+            facts = describe(name, source[name])
+            size = facts["size"]
+            if facts["kind"] in (MEMORY, MEMORY_ARRAY):
+                size = sum(length for _, length in source.memory(name).extents())
+        except NotFoundError:
+            continue  # deleted since the names were read
+        yield {"name": name, "kind": facts["kind"], "bytes": size}
+
+
+def _names_there(target: str, prefix: str) -> set[str]:
+    try:
+        with open_to_read(target) as opened:
+            return set(opened.names(prefix))
+    except NotFoundError:
+        return set()
+
+
+def _pieces(size: int, piece_bytes: int = _PIECE_BYTES) -> int:
+    return -(-size // piece_bytes)

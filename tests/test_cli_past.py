@@ -1,0 +1,70 @@
+"""The commands about a pool's past, on a pool at a URL."""
+
+import datetime
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import everpool
+from support.agents import end_agents
+from support.cli import out_of, run
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("EVERPOOL_CACHE_DIR", str(tmp_path / "cache"))
+    url = f"file://{tmp_path}/cloud"
+    with everpool.open(url) as pool:
+        pool["a"] = 1
+    yield url
+    end_agents(tmp_path)
+
+
+def test_snapshots_are_made_listed_and_forgotten(url: str) -> None:
+    assert out_of("snapshot", url, "first") == "first is version 2\n"
+    (line,) = out_of("snapshots", url).splitlines()
+    assert line.split()[0] == "2" and line.endswith("first")
+    (found,) = [json.loads(line) for line in out_of("snapshots", url, "--json").splitlines()]
+    assert found["name"] == "first" and datetime.datetime.fromisoformat(found["time"])
+    assert run("snapshot", url, "first").code == 1
+    assert "forgot" in out_of("snapshot", url, "first", "--forget")
+    assert out_of("snapshots", url) == ""
+
+
+@pytest.mark.parametrize("way", ["version", "snapshot", "ago", "time"])
+def test_recover_brings_back_and_says_how_to_undo_it(url: str, way: str) -> None:
+    out_of("snapshot", url, "good")
+    moment = datetime.datetime.now().isoformat()
+    time.sleep(1.2)
+    with everpool.open(url) as pool:
+        pool["a"] = 2
+        pool["b"] = 1
+    to = {"version": "2", "snapshot": "good", "ago": "1 second ago", "time": moment}[way]
+    assert "nothing was changed" in out_of("recover", url, "--to", to, "--dry-run")
+    said = out_of("recover", url, "--to", to)
+    with everpool.open(url) as pool:
+        assert dict(pool) == {"a": 1}
+    undo = said.splitlines()[-1].partition("everpool ")[2].split()
+    out_of(*undo)
+    with everpool.open(url) as pool:
+        assert dict(pool) == {"a": 2, "b": 1}
+
+
+def test_a_branch_is_a_pool(url: str, tmp_path: Path) -> None:
+    with everpool.open(url) as pool:
+        pool["a"] = 2
+    there = f"file://{tmp_path}/branch"
+    assert "version 1" in out_of("branch", url, there, "--at", "1")
+    assert out_of("get", there, "a").strip() == "1"
+    assert run("branch", url, there).code == 1
+
+
+def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) -> None:
+    for words in (["recover", url, "--to", "yesterday-ish"], ["branch", url, "x", "--at", "soon"]):
+        done = run(*words)
+        assert done.code == 2 and "2 hours ago" in done.err
+    done = run("recover", str(tmp_path / "none"), "--to", "1")
+    assert done.code == 1 and "create=True" in done.err
