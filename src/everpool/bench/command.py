@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,12 +16,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from everpool.bench import machine, report, rows_reading, rows_sharing, rows_writing, servers
+from everpool.bench import (
+    machine,
+    report,
+    rows_bucket,
+    rows_bucket_costs,
+    rows_reading,
+    rows_sharing,
+    rows_writing,
+    servers,
+)
 from everpool.bench.lab import FULL, QUICK, ROWS, Lab, Row, Sizes
 from everpool.bench.measure import Result
 
 # Importing these modules enters their rows into ROWS, in this order.
-ROW_MODULES = (rows_reading, rows_writing, rows_sharing)
+ROW_MODULES = (rows_reading, rows_writing, rows_sharing, rows_bucket, rows_bucket_costs)
 ROOM_FOR_FILES = 12
 WIDTH_WITHOUT_TERMINAL = 132
 
@@ -119,8 +128,9 @@ def run(
         facts = machine.facts(Path(place))
         for what, words in facts.items():
             console.print(f"[dim]{what:<25}[/]{words}", highlight=False)
-        with _progress(console) as progress:
+        with _progress(console) as progress, ExitStack() as ending:
             lab = Lab(Path(place), sizes, lambda text: progress.console.print(f"… {text}"))
+            ending.callback(lab.close)
             overall = progress.add_task("all rows", total=len(rows))
             for row in rows:
                 rounds = min(sizes.rounds, row.rounds_at_most)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import everpool
-from everpool.bench import servers
+from everpool.bench import buckets, servers
 from everpool.bench.contenders import Store, open_store
 from everpool.bench.measure import Contender, Goal, Result, Style, interleave
 
@@ -38,6 +38,10 @@ class Sizes:
     touch_bytes: int
     bulk_bytes: int
     large_bytes: int  # of the large sparse arrays
+    bucket_bytes: int  # of an array that goes to a bucket
+    hosts: int
+    pages: int  # that a checkpoint finds dirty
+    still_s: float  # how long nothing happens where that is measured
 
 
 FULL = Sizes(
@@ -49,6 +53,10 @@ FULL = Sizes(
     touch_bytes=64 * MIB,
     bulk_bytes=GIB,
     large_bytes=10 * GIB,
+    bucket_bytes=64 * MIB,
+    hosts=8,
+    pages=1000,
+    still_s=5.0,
 )
 QUICK = Sizes(
     rounds=2,
@@ -59,6 +67,10 @@ QUICK = Sizes(
     touch_bytes=4 * MIB,
     bulk_bytes=16 * MIB,
     large_bytes=10 * GIB,
+    bucket_bytes=8 * MIB,
+    hosts=2,
+    pages=64,
+    still_s=1.0,
 )
 
 
@@ -73,6 +85,12 @@ class Lab:
         self._stack = ExitStack()
         self._notes: list[str] = []
         self._million: Path | None = None
+        self._whole_run = ExitStack()
+        self._s3: buckets.S3 | None = None
+
+    def close(self) -> None:
+        """End what all rows share."""
+        self._whole_run.close()
 
     def measure(self, row: "Row", rounds: int, after_round: Callable[[], None]) -> Result:
         """Measure one row from its setting up to its tidying up."""
@@ -128,6 +146,18 @@ class Lab:
             self.note("Ray did not take part: /dev/shm is too small for its objects.")
             return None
         return self.keep(servers.RaySession(store_bytes))
+
+    def bucket(self) -> "buckets.Bucket | None":
+        """A folder of this row in a bucket, or None and a note; one server is for all rows."""
+        missing = buckets.missing()
+        if missing:
+            self.note(missing)
+            return None
+        if self._s3 is None:
+            self.tell("starting SeaweedFS, an S3 server")
+            self._s3 = buckets.S3(self._folder / "s3")
+            self._whole_run.callback(self._s3.close)
+        return self.keep(self._s3.bucket(self.path("bucket")))
 
     def million(self) -> Path:
         """A folder with the same many names in a pool (`everpool`) and in raw LMDB (`lmdb`).

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["limit", "peer", "everpool"]
-Style = Literal["time", "rate", "bandwidth", "bytes"]
+Style = Literal["time", "rate", "bandwidth", "bytes", "count"]
 Outcome = Literal["reached", "missed", "not measured"]
 
 
@@ -170,7 +170,7 @@ def interleave(
 
 
 def text_of(cost: float, style: Style) -> str:
-    """A cost in words: a time, a rate, GB/s (for a cost per byte) or a size."""
+    """A cost in words: a time, a rate, GB/s (for a cost per byte), a size or a number."""
     match style:
         case "rate":
             return f"{1 / cost:,.0f}/s" if cost > 1e-6 else f"{1e-6 / cost:.3g} million/s"
@@ -178,6 +178,8 @@ def text_of(cost: float, style: Style) -> str:
             return f"{1 / cost / 1e9:.2f} GB/s"
         case "bytes":
             return f"{cost / 2**20:,.1f} MiB"
+        case "count":
+            return f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
         case "time":
             for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
                 if cost >= scale:

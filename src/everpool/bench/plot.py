@@ -40,12 +40,12 @@ class _Bar:
 def write_plot(path: Path, results: Sequence[Result], machine: dict[str, str]) -> None:
     """Draw one group of bars per row on a logarithmic axis; ImportError without matplotlib.
 
-    Rows about memory are left out: they have a goal, but nothing to be a multiple of.
+    Rows that only count are left out: they have a goal, but nothing to be a multiple of.
     """
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    groups = [(result, _bars(result)) for result in results if result.style != "bytes"]
+    groups = [(result, _bars(result)) for result in results if _is_drawn(result)]
     columns = _columns(groups)
     lines = max(_lines(column) for column in columns)
     width, height = INCH_PER_COLUMN * len(columns), 2.0 + lines * INCH_PER_LINE
@@ -58,6 +58,10 @@ def write_plot(path: Path, results: Sequence[Result], machine: dict[str, str]) -
     _caption(figure, pyplot, machine)
     figure.savefig(path, dpi=120, facecolor="white")
     pyplot.close(figure)
+
+
+def _is_drawn(result: Result) -> bool:
+    return result.style not in ("bytes", "count") and any(result.costs.values())
 
 
 _Group = tuple[Result, list[_Bar]]
