@@ -1,5 +1,6 @@
 """What the documentation shows is run: its Python, in order, and the README's shell."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from support.agents import end_agents
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -23,7 +26,13 @@ def run_python(source: str, folder: Path, name: str) -> subprocess.CompletedProc
     script = folder / "page.py"
     script.write_text(source)
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"EVERPOOL_CACHE_DIR": str(folder / "cache")}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        end_agents(folder)
     assert done.returncode == 0, f"{name}\n{done.stdout}\n{done.stderr}"
     return done
 
