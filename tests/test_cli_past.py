@@ -66,5 +66,8 @@ def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) ->
     for words in (["recover", url, "--to", "yesterday-ish"], ["branch", url, "x", "--at", "soon"]):
         done = run(*words)
         assert done.code == 2 and "2 hours ago" in done.err
+    with everpool.open(tmp_path / "at-a-path"):
+        done = run("recover", str(tmp_path / "at-a-path"), "--to", "good")
+    assert done.code == 2 and "keeps no past" in done.err and "everpool copy" in done.err
     done = run("recover", str(tmp_path / "none"), "--to", "1")
     assert done.code == 1 and "create=True" in done.err

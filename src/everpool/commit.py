@@ -183,7 +183,9 @@ def error_of(result: Result, snapshot: int) -> EverpoolError | None:
         case Verdict.NOT_FOUND:
             return NotFoundError(f"{detail} does not exist, or was deleted: look the name up again")
         case Verdict.EXISTS:
-            return ExistsError(f"{detail} exists already: delete it first, or choose another name")
+            return ExistsError(
+                f"{detail} exists already: delete or forget it first, or choose another name"
+            )
         case Verdict.INVALID:
             return InvalidError(f"{detail}: outside of what exists")
         case _:

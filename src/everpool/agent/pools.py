@@ -18,6 +18,7 @@ from everpool.errors import (
     InvalidError,
     NotFoundError,
 )
+from everpool.replica.layout import no_pool
 from everpool.store import Data, Listed, Object, Store, open_store
 
 MARKER = "everpool.json"
@@ -44,9 +45,7 @@ def read_marker(store: Store, where: str) -> Marker:
     try:
         data = store.get(MARKER).data
     except NotFoundError:
-        raise NotFoundError(
-            f"there is no pool at {where}: open it with create=True to make one"
-        ) from None
+        raise no_pool(where) from None
     try:
         marker = msgspec.json.decode(data, type=Marker)
         marker.pool()

@@ -2,13 +2,14 @@
 
 import datetime
 import re
+import shlex
 from typing import Annotated
 
 import typer
 
 import everpool
 from everpool.cli.boundary import Example, add_command
-from everpool.cli.opening import AsJson, PoolPath, open_to_read, open_to_write
+from everpool.cli.opening import AsJson, PoolPath, is_url, open_to_read, open_to_write
 from everpool.cli.terminal import count, print_json, print_line, printable
 from everpool.errors import InvalidError
 
@@ -98,7 +99,7 @@ def recover(
             return
         after = opened.restore(version)
         print_line(f"everything is as in version {version}; this is version {after}")
-        print_line(f"to undo it: everpool recover {pool} --to {before}")
+        print_line(f"to undo it: everpool recover {shlex.quote(pool)} --to {before}")
 
 
 _BRANCH_EXAMPLES = (
@@ -133,6 +134,8 @@ def _version(pool: everpool.Pool, when: str) -> int:
     for one in pool.snapshots():
         if one.name == when:
             return one.version
+    if not is_url(str(pool.path)):
+        pool.at(pool.version)  # refused, with what to do: a pool at a path keeps no past
     with pool.at(_time(when)) as past:
         return past.version
 

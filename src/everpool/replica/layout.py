@@ -201,7 +201,15 @@ def _not_a_pool(folder: Path) -> InvalidError | NotFoundError:
     if folder.exists():
         what = "not a folder" if not folder.is_dir() else f"it has no {MARKER}"
         return InvalidError(f"{folder} is not a pool: {what}")
-    return NotFoundError(f"there is no pool at {folder}: open it with create=True to make one")
+    return no_pool(folder)
+
+
+def no_pool(where: Path | str) -> NotFoundError:
+    """Return the error for a place that has no pool."""
+    return NotFoundError(
+        f"there is no pool at {where}: see that it is spelt right, or make one with create=True "
+        "(from a shell: put, import or copy)"
+    )
 
 
 def _file_system(folder: Path) -> str:
