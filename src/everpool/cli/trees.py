@@ -58,7 +58,7 @@ def import_(
     for name in result.as_bytes:
         say(f"[yellow]kept as bytes:[/yellow] {escape(printable(name))} is no plain .npy array")
     for name, reason in result.left_out.items():
-        say(f"[yellow]left out:[/yellow] {escape(printable(name))}: {reason}")
+        say(f"[yellow]left out:[/yellow] {escape(printable(name))}: {escape(reason)}")
     if as_json:
         print_json(asdict(result))
         return
