@@ -17,7 +17,8 @@ import pytest
 
 import everpool
 from everpool.cli import transfer
-from everpool.cli.transfer import MARKER_PREFIX, digest_of, marker_of
+from everpool.cli.markers import COPYING, IMPORTING, marker_of
+from everpool.cli.transfer import digest_of
 from support.agents import end_agents
 from support.cli import EVERPOOL, out_of, run
 
@@ -137,7 +138,7 @@ def test_a_killed_copy_is_marked_and_finished_by_a_second_run(
         process = subprocess.Popen([*EVERPOOL, "copy", source, target])
         try:
             deadline = time.monotonic() + 20
-            while marker_of("large") not in pool or not pool.memory("large").extents():
+            while marker_of(COPYING, "large") not in pool or not pool.memory("large").extents():
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.002)
         finally:
@@ -145,13 +146,13 @@ def test_a_killed_copy_is_marked_and_finished_by_a_second_run(
             process.wait()
         assert "z" not in pool
         partly = written_bytes(pool, "large")
-        assert marker_of("large") in pool
+        assert marker_of(COPYING, "large") in pool
     # From such a pool the half copied object is not passed on.
     done = run("copy", target, tmp_path / "third")
     assert done.code == 1
     assert "large: it is half copied itself" in done.err
     done = json.loads(out_of("copy", source, target, "--json", "--verify"))
-    assert done["bytes"] <= 48 * MIB - partly + len(b"last") + 20 * MIB
+    assert done["bytes"] <= 48 * MIB - partly + len(b"last") + MIB
     with everpool.open(target) as pool:
         assert list(pool.names()) == ["a", "large", "z"]
         assert [pool.memory("large")[at << 29] for at in range(12)] == list(range(1, 13))
@@ -201,9 +202,12 @@ def test_memory_is_of_one_version_while_others_write(
             assert copied.memory("memory").read(0, 16 * MIB) == b"\2" * (16 * MIB)
         disturbed = -100
         memory.write(0, b"3" * (16 * MIB))
+        pool["a"] = pool["z"] = 1
         done = run("copy", source, target)
         assert done.code == 3
         assert "pause its writers" in done.err
+        with everpool.open(target) as copied:
+            assert copied["a"] == copied["z"] == 1  # it keeps nothing else back
 
 
 def test_a_dry_run_changes_nothing_and_tells_what_it_would_cost(tmp_path: Path) -> None:
@@ -264,6 +268,40 @@ def test_damage_in_the_source_is_named_and_the_rest_copied(tmp_path: Path) -> No
         assert list(pool.names()) == ["a", "z"]
 
 
+def test_a_marker_without_its_memory_says_nothing(tmp_path: Path) -> None:
+    source, target = places(tmp_path, "folder"), str(tmp_path / "other")
+    with everpool.open(source) as pool, everpool.open(target) as into:
+        pool["m"] = into["m"] = "brand new"
+        pool[marker_of(COPYING, "m")] = into[marker_of(COPYING, "m")] = {"name": "m"}
+    out_of("copy", source, target, "--verify")
+    with everpool.open(target) as pool:
+        assert dict(pool) == {"m": "brand new"}
+
+
+def test_what_is_half_imported_is_not_passed_on(tmp_path: Path) -> None:
+    source, target = places(tmp_path, "folder"), str(tmp_path / "other")
+    with everpool.open(source) as pool:
+        pool.allocate("m", MIB)
+        pool[marker_of(IMPORTING, "m")] = {"name": "m"}
+    done = run("copy", source, target)
+    assert done.code == 1
+    assert "m: it is half imported itself" in done.err
+    with everpool.open(target) as pool:
+        assert not list(pool)
+
+
+def test_damage_in_the_destination_is_mended(tmp_path: Path) -> None:
+    source, target = places(tmp_path, "folder"), str(tmp_path / "other")
+    with everpool.open(source) as pool:
+        pool["large"] = np.ones(100_000)
+    out_of("copy", source, target)
+    (file,) = [path for path in (tmp_path / "other").rglob("*") if path.stat().st_size > 800_000]
+    os.truncate(file, 400_000)
+    out_of("copy", source, target, "--verify")
+    with everpool.open(target) as pool:
+        assert pool["large"][-1] == 1
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     url = places(tmp_path, "bucket")
     assert run("copy", tmp_path / "none", url).code == 1
@@ -316,5 +354,5 @@ def test_another_hosts_commit_is_seen_at_once(tmp_path: Path) -> None:
 
 
 def test_markers_are_of_names_that_nobody_else_uses() -> None:
-    assert marker_of("a").startswith(MARKER_PREFIX)
-    assert len({marker_of(name) for name in ("a", "b", "x" * 1000)}) == 3
+    assert marker_of(COPYING, "a").startswith(COPYING)
+    assert len({marker_of(COPYING, name) for name in ("a", "b", "x" * 1000)}) == 3

@@ -63,9 +63,13 @@ def test_a_branch_is_a_pool(url: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) -> None:
-    for words in (["recover", url, "--to", "yesterday-ish"], ["branch", url, "x", "--at", "soon"]):
-        done = run(*words)
+    for when in ("yesterday-ish", "99999999999 weeks ago", "999999 weeks ago", "9" * 5000):
+        done = run("recover", url, "--to", when)
         assert done.code == 2 and "2 hours ago" in done.err
+    done = run("branch", url, "x", "--at", "soon")
+    assert done.code == 2 and "2 hours ago" in done.err
+    done = run("snapshot", url, "2026")
+    assert done.code == 2 and "taken for a version" in done.err
     with everpool.open(tmp_path / "at-a-path"):
         done = run("recover", str(tmp_path / "at-a-path"), "--to", "good")
     assert done.code == 2 and "keeps no past" in done.err and "everpool copy" in done.err

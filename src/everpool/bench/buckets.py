@@ -151,13 +151,3 @@ def _is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
-
-
-def checkpoint(pool: everpool.Pool) -> None:
-    """Make a checkpoint of a pool in a bucket now."""
-    name = "checkpoint"
-    if hasattr(pool, name):
-        getattr(pool, name)()
-    else:
-        ask = "_ask"
-        getattr(pool.engine(), ask)(name)

@@ -8,7 +8,7 @@ from itertools import count as counting
 import numpy as np
 
 import everpool
-from everpool.bench.buckets import Bucket, checkpoint
+from everpool.bench.buckets import Bucket
 from everpool.bench.lab import GIB, KIB, Lab, at_most, below, row
 from everpool.bench.measure import Contender
 
@@ -74,7 +74,7 @@ def bucket_open_requests(lab: Lab) -> Iterator[Contender]:
     def begin_with_a_checkpoint() -> float:
         if not folded:
             pool = bucket.pool()
-            checkpoint(pool)
+            pool.checkpoint()
             bucket.leave(pool)
             folded.append(True)
         return measure()
@@ -157,14 +157,14 @@ def bucket_checkpoint(lab: Lab) -> Iterator[Contender]:
             for start in pages[at : at + PAGES_AT_ONCE]:
                 tx.memory("array").write(start, secrets.token_bytes(PAGE_BYTES))
     pool.sync()
-    checkpoint(pool)
+    pool.checkpoint()
 
     def measure() -> float:
         with pool.transaction() as tx:
             for start in pages:
                 tx.memory("array").write(start, secrets.token_bytes(8))
         before = bucket.received_bytes()
-        checkpoint(pool)
+        pool.checkpoint()
         return bucket.received_bytes() - before
 
     assert array.nbytes == lab.sizes.large_bytes

@@ -31,7 +31,7 @@ from everpool.cli.transfer import (
     difference,
     names_to_copy,
 )
-from everpool.errors import InvalidError, NotFoundError
+from everpool.errors import CorruptionError, InvalidError, NotFoundError
 
 # How large values and memory travel: see `everpool.store` and `everpool.cli.files`.
 _INLINE_BYTES = 64 << 10
@@ -60,7 +60,8 @@ def copy(
     target: Annotated[str, typer.Argument(metavar="DST", help=f"{_WHERE} Created if absent.")],
     prefix: Annotated[str, typer.Option(help="Only names that begin so.")] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Change nothing; list names and bytes.")
+        bool,
+        typer.Option("--dry-run", "-n", help="Change nothing; read SRC, list names and bytes."),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare everything afterwards; exit 1 if it differs.")
@@ -102,7 +103,10 @@ def _compare(
             continue
         bar.begin(f"comparing {name}")
         with contextlib.suppress(NotFoundError):  # deleted meanwhile
-            found = difference(source, target, name)
+            try:
+                found = difference(source, target, name)
+            except CorruptionError as error:
+                found = str(error)
             if found is not None:
                 result.differs[name] = found
             result.verified += 1
@@ -181,6 +185,9 @@ def _plan(source: everpool.Pool, prefix: str) -> Iterator[dict[str, Any]]:
             size = facts["size"]
             if facts["kind"] in (MEMORY, MEMORY_ARRAY):
                 size = sum(length for _, length in source.memory(name).extents())
+        except CorruptionError as error:
+            say(f"[red]left out:[/red] {escape(printable(name))}: {escape(str(error))}")
+            continue
         except NotFoundError:
             continue  # deleted since the names were read
         yield {"name": name, "kind": facts["kind"], "bytes": size}

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
@@ -23,6 +23,18 @@ CHUNK_BYTES = 4 << 20
 BLOCK_BYTES = 64 << 10
 DATA_HASH_FROM_BYTES = 1 << 30
 _ZEROS = bytes(CHUNK_BYTES)
+
+
+def add_array(digest: Any, array: "np.ndarray[Any, Any]", order: Literal["C", "F"]) -> None:
+    """Hash an array's bytes in that order, without a copy of all of it.
+
+    Bytes, not numbers: a NaN is the same as itself, and -0.0 is not 0.0.
+    """
+    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
+    elements = max(1, CHUNK_BYTES // max(1, array.itemsize))
+    chunks: Any = np.nditer(array, flags=flags, buffersize=elements, order=order)
+    for chunk in chunks:
+        digest.update(chunk.tobytes())
 
 
 class FileWriter:

@@ -24,7 +24,7 @@ from everpool.cli.describe import (
     kind_of,
 )
 from everpool.cli.files import (
-    CHUNK_BYTES,
+    add_array,
     data_chunks,
     data_hash_file,
     file_extents,
@@ -32,6 +32,7 @@ from everpool.cli.files import (
     pieces,
 )
 from everpool.cli.manifest import read_manifest
+from everpool.cli.markers import IMPORTING, marker_of
 from everpool.cli.tagged import from_json, to_json
 from everpool.cli.terminal import Meter
 from everpool.errors import CorruptionError, ExistsError, InvalidError
@@ -39,9 +40,6 @@ from everpool.errors import CorruptionError, ExistsError, InvalidError
 _BATCH_BYTES = 4 << 20
 _BATCH_OBJECTS = 256
 _ONE_COMMIT_BYTES = 16 << 20
-
-# Holds a name for as long as memory too large for one commit is being filled.
-_MARKER_PREFIX = "everpool/importing/"
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def _not_there_yet(pool: everpool.Pool, items: list[Item], force: bool, meter: M
     taken: list[str] = []
     meter.begin("comparing with what the pool holds", sum(item.file_size for item in items))
     for item in items:
-        if item.name not in pool or _marker(item.name) in pool:
+        if item.name not in pool or marker_of(IMPORTING, item.name) in pool:
             todo.append(item)
         elif not _holds_the_same(pool, item):
             todo.append(item)
@@ -199,18 +197,13 @@ def _holds_the_same(pool: everpool.Pool, item: Item) -> bool:
 def _same_array(one: "np.ndarray[Any, Any]", other: "np.ndarray[Any, Any]") -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    # Bytes, not numbers: a NaN is the same as itself, and -0.0 is not 0.0.
     order = "F" if one.flags.fnc and other.flags.fnc else "C"
     return _digest(one, order) == _digest(other, order)
 
 
 def _digest(array: "np.ndarray[Any, Any]", order: Literal["C", "F"]) -> bytes:
     digest = hashlib.blake2b()
-    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
-    elements = max(1, CHUNK_BYTES // max(1, array.itemsize))
-    chunks: Any = np.nditer(array, flags=flags, buffersize=elements, order=order)
-    for chunk in chunks:
-        digest.update(chunk.tobytes())
+    add_array(digest, array, order)
     return digest.digest()
 
 
@@ -284,7 +277,7 @@ def _store_memory(pool: everpool.Pool, item: Item, meter: Meter) -> None:
     """Allocate memory and fill it: in one commit where it is small, else resumable by a marker."""
     before = _bytes_before(item)
     one_commit = item.file_size <= _ONE_COMMIT_BYTES
-    marker = _marker(item.name)
+    marker = marker_of(IMPORTING, item.name)
 
     def begin(tx: everpool.Transaction) -> None:
         # Taken names were refused before anything was stored, or are to be replaced.
@@ -321,10 +314,6 @@ def _fill(memory: MemoryHandle, path: Path, before: int, meter: Meter | None = N
                 memory.write(offset, data)
             if meter is not None:
                 meter.advance(len(data))
-
-
-def _marker(name: str) -> str:
-    return _MARKER_PREFIX + hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 _KINDS = frozenset((ARRAY, BATCH, BYTES, JSON, MEMORY, MEMORY_ARRAY, TABLE, TEXT))

@@ -49,6 +49,8 @@ def snapshot(
             print_line(f"forgot {printable(name)}")
         else:
             version = None if at is None else _version(opened, at)
+            if name.isdecimal():
+                raise InvalidError(f"{name!r} would be taken for a version: add a letter")
             made = opened.snapshot(name, version)
             print_line(f"{printable(made.name)} is version {made.version}")
 
@@ -98,8 +100,11 @@ def recover(
                 print_line(f"version {version} has {count(len(past), 'name')}; nothing was changed")
             return
         after = opened.restore(version)
+        if after == before:
+            print_line(f"everything is as in version {version} already")
+            return
         print_line(f"everything is as in version {version}; this is version {after}")
-        print_line(f"to undo it: everpool recover {shlex.quote(pool)} --to {before}")
+        print_line(f"to undo it: everpool recover {shlex.quote(pool)} --to {after - 1}")
 
 
 _BRANCH_EXAMPLES = (
@@ -129,7 +134,7 @@ def branch(
 
 def _version(pool: everpool.Pool, when: str) -> int:
     """Return the version that a word of the command line stands for."""
-    if when.isdecimal():
+    if when.isdecimal() and len(when) < 20:
         return int(when)
     for one in pool.snapshots():
         if one.name == when:
@@ -142,12 +147,12 @@ def _version(pool: everpool.Pool, when: str) -> int:
 
 def _time(when: str) -> datetime.datetime:
     ago = _AGO.fullmatch(when.strip())
-    if ago is not None:
-        length = datetime.timedelta(**{f"{ago[2]}s": float(ago[1])})
-        return datetime.datetime.now(datetime.UTC) - length
     try:
+        if ago is not None:
+            length = datetime.timedelta(**{f"{ago[2]}s": float(ago[1])})
+            return datetime.datetime.now(datetime.UTC) - length
         return datetime.datetime.fromisoformat(when)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InvalidError(
             f"{when!r} is no version, no snapshot of this pool (see `everpool snapshots`), and no "
             "time like 2026-01-31T12:00 or '2 hours ago'"

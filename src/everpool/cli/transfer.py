@@ -13,13 +13,12 @@ comparing: what is equal already is not written again.
 """
 
 import bisect
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 import everpool
 from everpool.cli import arrow_files
@@ -35,12 +34,12 @@ from everpool.cli.describe import (
     describe,
     kind_of,
 )
-from everpool.cli.files import BLOCK_BYTES, CHUNK_BYTES, pieces
+from everpool.cli.files import BLOCK_BYTES, add_array, pieces
+from everpool.cli.markers import COPYING, half_filled, is_marker, marker_of
 from everpool.cli.tagged import to_json
 from everpool.cli.terminal import Meter
 from everpool.errors import ConflictError, CorruptionError, NotFoundError
 
-MARKER_PREFIX = "everpool/copying/"
 BATCH_BYTES = 4 << 20
 BATCH_OBJECTS = 256
 ONE_COMMIT_BYTES = 4 << 20
@@ -72,14 +71,9 @@ class Shape(NamedTuple):
     array: tuple[Any, tuple[int, ...]] | None
 
 
-def marker_of(name: str) -> str:
-    """Return the name that exists in the destination while memory `name` is half copied."""
-    return MARKER_PREFIX + hashlib.sha256(name.encode()).hexdigest()[:32]
-
-
 def names_to_copy(source: everpool.Pool, prefix: str) -> Iterator[str]:
-    """Yield the names under `prefix`, without the markers of copies into the source."""
-    return (name for name in source.names(prefix) if not name.startswith(MARKER_PREFIX))
+    """Yield the names under `prefix`, without the markers of what is half filled in the source."""
+    return (name for name in source.names(prefix) if not is_marker(name))
 
 
 class Copier:
@@ -98,30 +92,39 @@ class Copier:
     def run(self, prefix: str) -> None:
         """Copy what is missing or differs. Names that only the destination has stay.
 
-        Raises `ConflictError` when others changed memory as often as it was read.
+        Raises `ConflictError`, in the end, when others changed memory as often as it was read.
         """
+        conflict: ConflictError | None = None
         for name in names_to_copy(self._source, prefix):
-            if marker_of(name) in self._source:
-                self._result.left_out[name] = "it is half copied itself: finish that copy first"
+            half = half_filled(self._source, name)
+            if half is not None:
+                self._result.left_out[name] = f"it is half {half} itself: finish that, or remove it"
                 continue
             try:
                 self._copy(name)
             except CorruptionError as error:
                 self._result.left_out[name] = str(error)
+            except ConflictError as error:
+                conflict = error
             except NotFoundError:
                 if name in self._source:
                     raise  # it is the destination where something was deleted
         self._store_batch()
+        if conflict is not None:
+            raise conflict
 
     def _copy(self, name: str) -> None:
         # The destination's first and only its digest kept, so that no two large values are held.
-        there = digest_of(self._target, name) if name in self._target else None
+        there = None
+        with contextlib.suppress(CorruptionError):  # damaged there: written again
+            there = digest_of(self._target, name)
         value: Any = self._source[name]
         kind = kind_of(value)
         if kind in (MEMORY, MEMORY_ARRAY):
             self._copy_memory(name)
             return
-        if there is not None and there == digest_value(kind, value):
+        marked = marker_of(COPYING, name) in self._target
+        if there is not None and not marked and there == digest_value(kind, value):
             self._result.unchanged += 1
             return
         size: int = describe(name, value)["size"]
@@ -177,7 +180,7 @@ class Copier:
             size += len(data)
             if size > ONE_COMMIT_BYTES:
                 break
-        marker = marker_of(name)
+        marker = marker_of(COPYING, name)
         if there is not None and not first and marker not in self._target:
             memory.read(0, 1)  # raises when the name stands for another object now
             self._result.unchanged += 1
@@ -237,11 +240,12 @@ class Copier:
 
 def _remove_memory(tx: everpool.Transaction, name: str) -> None:
     """Make room for a value: memory of that name, and the marker of its copy, go."""
-    marker = marker_of(name)
+    marker = marker_of(COPYING, name)
     if marker in tx:
         del tx[marker]
-    if name in tx and kind_of(tx[name]) in (MEMORY, MEMORY_ARRAY):
-        del tx[name]
+    with contextlib.suppress(CorruptionError):  # a damaged value is replaced like any other
+        if name in tx and kind_of(tx[name]) in (MEMORY, MEMORY_ARRAY):
+            del tx[name]
 
 
 def _allocate(tx: everpool.Transaction, name: str, shape: Shape) -> None:
@@ -302,8 +306,9 @@ def difference(source: everpool.Pool, target: everpool.Pool, name: str) -> str |
     """Return in words how an object differs between two pools, or None."""
     if name not in target:
         return "it is missing"
-    if marker_of(name) in target:
-        return "it is half copied: run the copy again"
+    half = half_filled(target, name)
+    if half is not None:
+        return f"it is half {half}: run that again"
     kinds = kind_of(source[name]), kind_of(target[name])
     if kinds[0] != kinds[1]:
         return f"it is of kind {kinds[1]}, not {kinds[0]}"
@@ -336,22 +341,13 @@ def digest_value(kind: str, value: Any) -> Any:
         digest.update(value.encode("utf-8", "surrogatepass"))
     elif kind == ARRAY:
         order = "F" if value.flags.fnc else "C"
-        _add_array(digest, value, order)
+        add_array(digest, value, order)
         return kind, value.dtype, value.shape, order, digest.digest()
     elif kind in (TABLE, BATCH):
         _add_table(digest, value)
     else:
         digest.update(to_json(value).encode())
     return kind, digest.digest()
-
-
-def _add_array(digest: Any, array: "np.ndarray[Any, Any]", order: Literal["C", "F"]) -> None:
-    flags: Any = ["external_loop", "buffered", "zerosize_ok"]
-    elements = max(1, CHUNK_BYTES // max(1, array.itemsize))
-    # Bytes, not numbers: a NaN is the same as itself, and -0.0 is not 0.0.
-    chunks: Any = np.nditer(array, flags=flags, buffersize=elements, order=order)
-    for chunk in chunks:
-        digest.update(chunk.tobytes())
 
 
 class _Hashing:

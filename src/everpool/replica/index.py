@@ -534,9 +534,7 @@ class Index:
             else:
                 txn.put(key, row)
 
-    def load_pages(
-        self, txn: lmdb.Transaction, rows: Iterable[tuple[bytes, bytes | None]]
-    ) -> None:
+    def load_pages(self, txn: lmdb.Transaction, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
         """Store those of the rows that tell of pages of memory that exists."""
         known: dict[bytes, bool] = {}
         for key, row in rows:
@@ -609,10 +607,6 @@ class Index:
         for key, state in self.sessions(txn):
             if state.last_version < floor:
                 txn.delete(_SESSIONS + key)
-
-    def put_page(self, txn: lmdb.Transaction, id: int, block: int, row: bytes) -> None:
-        key = _BLOCKS + key_of(id) + key_of(block)
-        txn.put(key, _seal(key, row))
 
     def pages(
         self, txn: lmdb.Transaction, id: int, first: int, last: int
