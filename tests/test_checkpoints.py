@@ -169,6 +169,37 @@ def test_damaged_pages_are_named_and_never_shown(url: str, tmp_path: Path) -> No
         assert [damage.name for damage in report.damage] == ["m"]
 
 
+def test_verify_asks_the_store_also_for_what_is_here(url: str, tmp_path: Path) -> None:
+    with open_on(url, tmp_path, "host") as pool:
+        pool.allocate("m", 1 << 20).write(1 << 19, b"data" * 100)
+        pool.checkpoint()
+        assert pool.verify().ok
+        (segment,) = (tmp_path / "bucket" / "pages").iterdir()
+        data = bytearray(segment.read_bytes())
+        data[100] ^= 1
+        os.chmod(segment, 0o600)
+        segment.write_bytes(data)
+        assert pool.memory("m").read(1 << 19, 4) == b"data"
+        assert [damage.name for damage in pool.verify().damage] == ["m"]
+
+
+@pytest.mark.parametrize("size", [None, 10])
+def test_lost_pages_are_damage_with_a_remedy(url: str, tmp_path: Path, size: int | None) -> None:
+    with open_on(url, tmp_path, "host") as pool:
+        pool.allocate("m", 1 << 20).write(1 << 19, b"data" * 100)
+        pool.checkpoint()
+    (segment,) = (tmp_path / "bucket" / "pages").iterdir()
+    os.chmod(segment, 0o600)
+    if size is None:
+        segment.unlink()
+    else:
+        os.truncate(segment, size)
+    with open_on(url, tmp_path, "other") as other:
+        with pytest.raises(CorruptionError, match="restore it from a copy"):
+            other.memory("m").read(1 << 19, 4)
+        assert [damage.name for damage in other.verify().damage] == ["m"]
+
+
 MANIFEST = Manifest(
     bytes(16), 7, 3, bytes(16), 99, [Run("index/x", 10, 0, 7)], [Past(3, 50, 2, "checkpoints/y")]
 )

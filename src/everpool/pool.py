@@ -350,6 +350,8 @@ class Pool(MutableMapping[str, Any]):
 
         Raises `ExistsError` when there is such a snapshot.
         """
+        if version == 0:
+            raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
         self.sync()
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)

@@ -28,18 +28,27 @@ from everpool.commit import Submission
 from everpool.errors import (
     ClosedError,
     EverpoolError,
-    ExistsError,
     InvalidError,
     NotFoundError,
     UnavailableError,
 )
 from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.paging.regions import SharedMemories
-from everpool.records import EMPTY_HASH, Pin, Record, RecordId, Reference, encode_record
+from everpool.records import (
+    EMPTY_HASH,
+    Operation,
+    Pin,
+    Record,
+    RecordId,
+    Reference,
+    Unpin,
+    encode_record,
+)
 from everpool.replica.bulk import Staged
 from everpool.replica.index import translated
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
+from everpool.snapshots import snapshots_of
 from everpool.store import open_store
 from everpool.values import Encoded
 
@@ -255,10 +264,13 @@ class RemoteEngine:
         past = self.past(version)(False)
 
         def pin() -> None:
-            operation = Pin(f"branch at {without_secrets(url)}", version)
-            submission = self.write(Record(self.replica.version(), [], [], [], [operation]), [])
-            with contextlib.suppress(ExistsError):  # of an earlier try
-                submission.version()
+            name = f"branch at {without_secrets(url)}"
+            known = {one.name: one.version for one in snapshots_of(self)}
+            if known.get(name) != version:
+                operations: list[Operation] = [Unpin(name)] if name in known else []
+                operations.append(Pin(name, version))
+                record = Record(self.replica.version(), [], [], [], operations)
+                self.write(record, []).version()
 
         try:
             branch(past, self.url, url, pin)
@@ -305,7 +317,7 @@ class RemoteEngine:
     def verify(self, progress: Callable[[int, int], None] | None) -> Report:
         """Compare everything with its checksums, in the store where it lies there."""
         self.sync()
-        return Check(self.replica, self._values, progress).run()
+        return Check(self.replica, self._values, self._store, progress).run()
 
     def is_lost(self) -> bool:
         """Whether there is another pool at the URL by now."""

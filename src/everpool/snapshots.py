@@ -59,7 +59,7 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
     old = then.replica.names_at("")[1]
     operations: list[Operation] = []
     staged: list[Staged] = []
-    created = 0
+    created = inline = 0
     for name in sorted({*names, *old}):
         current, wanted = now.replica.find(name).row, then.replica.find(name).row
         if wanted is None:
@@ -75,7 +75,8 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
                 target, parts = wanted.id, _different(now, then, wanted)
             for offset, data in parts:
                 payload: Payload = data
-                if len(data) > INLINE_STORE_BYTES // 2:
+                inline += len(data)
+                if max(inline, 2 * len(data)) > INLINE_STORE_BYTES:
                     staged.append(now.stage_bytes(memoryview(data)))
                     payload = staged[-1].reference
                 operations.append(Write(target, offset, payload))
@@ -103,14 +104,21 @@ def _written(engine: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:
 
 
 def _different(now: "Engine", then: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:
-    """Yield the pieces of memory that are not what they were, as they were."""
+    """Yield the pieces of memory that are not what they were, as they were; neighbours joined."""
+    begin, joined = 0, b""
     extents = now.replica.memories.extents(row.id, row.size)
     for start, size in extents:  # whatever was written then has been written by now
         for offset in range(start, start + size, 1 << 16):
             length = min(1 << 16, start + size - offset)
             data = _read(then, row, offset, length)
-            if data != _read(now, row, offset, length):
-                yield offset, data
+            same = data == _read(now, row, offset, length)
+            if joined and (same or begin + len(joined) != offset or len(joined) >= _PIECE_BYTES):
+                yield begin, joined
+                joined = b""
+            if not same:
+                begin, joined = (begin, joined + data) if joined else (offset, data)
+    if joined:
+        yield begin, joined
 
 
 def _read(engine: "Engine", row: NameRow, offset: int, size: int) -> bytes:

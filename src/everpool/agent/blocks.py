@@ -28,6 +28,8 @@ from everpool.verdict import Add, Effect, Store, Unbind
 
 Fetch = Callable[[Sequence[bytes]], list[bytes]]
 _TRIES = 100
+# A fill holds the pages of one part in its heap, and then the lock for as long as they are copied.
+_FILLED_BYTES = 64 << 20
 
 
 class BlockMemories:
@@ -136,8 +138,16 @@ class BlockMemories:
         ]
 
     def fill(self, id: int, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch the blocks that the ranges touch and that are not there."""
+        """Fetch the blocks that the ranges touch and that are not there, part by part."""
         region = self.region(id)
+        if sum(size for _, size in ranges) <= _FILLED_BYTES:
+            self._fill(region, id, ranges)
+            return
+        for start, size in ranges:
+            for offset in range(start, start + size, _FILLED_BYTES):
+                self._fill(region, id, [(offset, min(_FILLED_BYTES, start + size - offset))])
+
+    def _fill(self, region: Region, id: int, ranges: Sequence[tuple[int, int]]) -> None:
         for _ in range(_TRIES):
             absent = region.absent(ranges)
             if not absent:
@@ -171,8 +181,7 @@ class BlockMemories:
             for offset, data in stores:
                 overlay(content, start, offset, data)
             region.write(start, content)
-        for block in blocks:
-            region.present[block] = 1
+        region.present[blocks] = 1
 
     def _stores(self, id: int, entries: set[int]) -> list[tuple[int, bytes | memoryview]]:
         """Return what entries of the tail stored in an object, in order."""

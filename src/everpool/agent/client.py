@@ -257,7 +257,7 @@ class Client:
         """Hang up. What has no answer yet ends with `ClosedError`."""
         with self._mutex:
             self._closing = True
-        self._nudge()
+            self._nudge()
         if threading.get_ident() != self._thread.ident:
             self._thread.join()
 
@@ -273,8 +273,9 @@ class Client:
         if link is not None:
             link.close()
         self._finder.give_up()
-        with contextlib.suppress(OSError):
+        if self._wake >= 0:
             os.close(self._wake)
+            self._wake = -1
         left = [request.done for request in self._requests.values()]
         self._requests.clear()
         return left
@@ -282,8 +283,10 @@ class Client:
     # The thread
 
     def _nudge(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.eventfd_write(self._wake, 1)
+        """Wake the thread, if it has not ended. The mutex must be held."""
+        if self._wake >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._wake, 1)
 
     def _serve(self) -> None:
         try:
@@ -294,8 +297,9 @@ class Client:
             self._end(UnavailableError(f"the way to the pool's agent failed: {error!r}"))
             raise
         finally:
-            self._poll.unregister(self._wake)
-            os.close(self._wake)
+            with self._mutex:  # by the next line, the number can be that of somebody else's file
+                wake, self._wake = self._wake, -1
+                os.close(wake)
 
     def _step(self) -> None:
         """Wait for something to do, and do it."""

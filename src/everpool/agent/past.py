@@ -233,4 +233,4 @@ class PastEngine:
 
     def verify(self, progress: Callable[[int, int], None] | None) -> Report:
         """Compare everything with its checksums, in the store."""
-        return Check(self.replica, self._values, progress).run()
+        return Check(self.replica, self._values, self._store, progress).run()

@@ -106,8 +106,8 @@ class CachedValues(BulkFiles):
 
         Raises `CorruptionError` when the segment is damaged, and `NotFoundError` when it is gone.
         """
-        with self._downloaded(reference) as path:
-            damage = _damage_in(path, reference)
+        with self._downloaded(reference) as (path, descriptor):
+            damage = _damage_in(descriptor, reference)
             if damage:
                 raise CorruptionError(
                     f"the segment {key_of_value(reference.file)} is damaged: {damage[0]}: restore "
@@ -118,15 +118,15 @@ class CachedValues(BulkFiles):
     def stored_damage(self, reference: Reference) -> list[str]:
         """Read the whole segment; returns what is wrong with it, in words."""
         try:
-            with self._downloaded(reference) as path:
-                return _damage_in(path, reference)
+            with self._downloaded(reference) as (_, descriptor):
+                return _damage_in(descriptor, reference)
         except NotFoundError:
             return [f"its segment {key_of_value(reference.file)} is missing"]
         except InvalidError as error:
             return [str(error)]
 
     @contextlib.contextmanager
-    def _downloaded(self, reference: Reference) -> Iterator[Path]:
+    def _downloaded(self, reference: Reference) -> Iterator[tuple[Path, int]]:
         size = stored_bytes(reference.size)
         path = self._staging / f"{reference.file}.{uuid.uuid4().hex}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -141,20 +141,18 @@ class CachedValues(BulkFiles):
             with ThreadPoolExecutor(_PIECES_AT_ONCE, "everpool-download") as threads:
                 for _ in threads.map(fetch, range(0, size, _PIECE_BYTES)):
                     pass
-            yield path
+            yield path, descriptor
         finally:
             os.close(descriptor)
             path.unlink(missing_ok=True)
 
 
-def _damage_in(path: Path, reference: Reference) -> list[str]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _damage_in(descriptor: int, reference: Reference) -> list[str]:
+    # By its descriptor: an agent that begins meanwhile sweeps the name away.
     try:
         mapped = map_file(descriptor, reference)
     except CorruptionError as error:
         return [str(error)]
-    finally:
-        os.close(descriptor)
     return damage_of(memoryview(mapped)[: reference.size], mapped, reference)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from everpool.errors import CorruptionError
+from everpool.errors import CorruptionError, InvalidError, NotFoundError
 from everpool.segments.format import (
     Manifest,
     Page,
@@ -44,7 +44,7 @@ def write_pages(store: Store, pages: Iterable[bytes | bytearray]) -> list[Page]:
 def read_pages(store: Store, rows: Sequence[bytes]) -> list[bytes]:
     """Return pages by their index rows, in order; neighbours in a segment are read at once.
 
-    Raises `CorruptionError` for one that does not match its checksum.
+    Raises `CorruptionError` for one that is missing or does not match its checksum.
     """
     pages = [read_page_row(row) for row in rows]
     by_segment: dict[str, list[int]] = {}
@@ -61,7 +61,13 @@ def read_pages(store: Store, rows: Sequence[bytes]) -> list[bytes]:
             else:
                 ranges.append((start, end))
         key = key_of_pages(segment)
-        pieces = dict(zip(ranges, store.get_ranges(key, ranges), strict=True))
+        try:
+            pieces = dict(zip(ranges, store.get_ranges(key, ranges), strict=True))
+        except (InvalidError, NotFoundError) as error:
+            raise CorruptionError(
+                f"the segment {key} is missing or too short ({error.message}): restore it from a "
+                "copy of the bucket"
+            ) from error
         spans = iter(ranges)
         span = next(spans)
         for at in places:
