@@ -553,3 +553,17 @@ def test_a_commit_whose_time_is_over_is_not_appended(host: Host) -> None:
         pool.sync()
         assert "late" not in pool and pool.version == 1
         link.close()
+
+
+def test_a_closed_link_writes_to_nobody_elses_file(host: Host, tmp_path: Path) -> None:
+    with host.open() as pool:
+        client = pool.engine()._client
+        number = client._wake
+        client.close()
+        with (tmp_path / "mine").open("wb") as file:
+            if file.fileno() != number:
+                os.dup2(file.fileno(), number)
+            client.close()
+            assert os.fstat(number).st_size == 0
+            if file.fileno() != number:
+                os.close(number)

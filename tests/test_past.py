@@ -238,3 +238,32 @@ def test_a_branch_goes_its_own_way(pool: Any, url: str, tmp_path: Path) -> None:
 
 def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_restored_memory_goes_into_segments_not_into_the_log(pool: Any, tmp_path: Path) -> None:
+    memory = pool.allocate("m", 16 << 20)
+    before = pool.snapshot("zeros")
+    memory.write(0, b"x" * (16 << 20))
+    memory.write(3 << 20, bytes(1 << 16))  # a hole in what differs
+    pool.restore(before.version)
+    assert memory.read(0, 16 << 20) == bytes(16 << 20)
+    log = [path for path in (tmp_path / "bucket" / "log").rglob("*") if path.is_file()]
+    assert log and max(path.stat().st_size for path in log) < 2 << 20
+
+
+def test_a_branch_is_pinned_where_it_begins_also_after_an_earlier_try(
+    pool: Any, tmp_path: Path
+) -> None:
+    pool["a"] = 1
+    url = f"file://{tmp_path}/branch"
+    pool.snapshot(f"branch at {url}", 1)  # as a try leaves it that died before the rest
+    pool["a"] = 2
+    begin = pool.version
+    pool.branch(url)
+    (pinned,) = pool.snapshots()
+    assert pinned.version >= begin
+
+
+def test_version_0_gets_no_name(pool: Any) -> None:
+    with pytest.raises(InvalidError, match="a later one"):
+        pool.snapshot("zero", 0)
