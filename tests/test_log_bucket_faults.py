@@ -19,6 +19,7 @@ from everpool.errors import (
 )
 from everpool.log import Appended, End
 from everpool.log.bucket import BucketLog
+from everpool.log.bucket.clock import StoreClock
 from everpool.store.memory import Fault, MemoryStore, Shelf
 
 FaultHook = Callable[[str, str], Fault | None]
@@ -465,3 +466,79 @@ def test_under_any_faults_what_is_told_is_true(seed: int) -> None:
     assert len(set(acknowledged.values())) == len(acknowledged)
     known = set(acknowledged) | set(unknown)
     assert set(found.values()) <= known
+
+
+@pytest.mark.parametrize("how", ["interrupt", "close"])
+def test_who_waits_behind_another_one_leaves_nothing_that_is_appended_later(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, swapping, go_on = Shelf(), threading.Event(), threading.Event()
+
+    def hook(call: str, key: str) -> None:
+        if call == "swap" and not go_on.is_set():
+            swapping.set()
+            go_on.wait(10)
+
+    log = BucketLog(MemoryStore(shelf, hook))
+    leader = threading.Thread(target=log.append, args=(b"A",))
+    leader.start()
+    assert swapping.wait(10)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    if how == "interrupt":
+        with monkeypatch.context() as patch:
+            patch.setattr(log._changed, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                log.append(b"B")
+        go_on.set()
+        leader.join(10)
+        log.append(b"C")
+        assert entries(shelf) == [b"A", b"C"]
+    else:
+        log.close()
+        with pytest.raises(ClosedError):
+            log.append(b"B")
+        go_on.set()
+        leader.join(10)
+        assert entries(shelf) in ([], [b"A"])
+
+
+def test_a_log_that_is_closed_while_it_seals_says_so() -> None:
+    shelf, sealing, go_on = Shelf(), threading.Event(), threading.Event()
+
+    def hook(call: str, key: str) -> None:
+        if call == "put" and not go_on.is_set():
+            sealing.set()
+            go_on.wait(10)
+
+    log = BucketLog(MemoryStore(shelf, hook), head_bytes=4096)
+    failures: list[BaseException] = []
+
+    def append() -> None:
+        try:
+            for _ in range(10):
+                log.append(bytes(1000))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    assert sealing.wait(10)
+    log.close()
+    go_on.set()
+    thread.join(10)
+    (failure,) = failures
+    assert isinstance(failure, ClosedError)
+
+
+def test_a_clock_that_was_set_right_is_believed_again() -> None:
+    wall = mono = 5000.0
+    clock = StoreClock(lambda: int((wall - slow) * 1e9), lambda: mono)
+    slow = 3600.0
+    clock.saw("a", int(wall * 1e9))
+    assert abs(clock.now_ns() / 1e9 - wall) < 1
+    slow, wall, mono = 0.0, wall + 1, mono + 1
+    clock.saw("b", int(wall * 1e9))
+    assert abs(clock.now_ns() / 1e9 - wall) < 1

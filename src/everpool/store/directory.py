@@ -65,8 +65,9 @@ class DirectoryStore:
         self._timeout_s = timeout_s
         self._pid = os.getpid()
         self._closed = False
-        with self._translated("open", ""):
-            self._sweep()
+        # Folders whose names this process knows to be on the disk.
+        self._durable: set[Path] = set()
+        self._sweep()
 
     def get(self, key: str) -> Object:
         """Read the file; its tag is the hash of its bytes."""
@@ -212,20 +213,29 @@ class DirectoryStore:
             ) from error
 
     def _make_folder(self, folder: Path) -> None:
-        """Create the folder durably: the name of each new one is flushed."""
-        missing = [folder]
-        while not missing[-1].is_dir() and missing[-1].parent != missing[-1]:
-            missing.append(missing[-1].parent)
-        for new in reversed(missing[:-1]):
-            new.mkdir(exist_ok=True)
-            _flush_folder(new.parent)
+        """Create the folder durably: its name is flushed, and those above it up to the root.
+
+        Also those that are there already: whoever made them may not have come to that.
+        """
+        if folder in self._durable and folder.is_dir():
+            return
+        if folder.parent.is_relative_to(self._root) or not folder.parent.is_dir():
+            self._make_folder(folder.parent)
+        was_there = folder.is_dir()
+        folder.mkdir(exist_ok=True)
+        try:
+            _flush_folder(folder.parent)
+        except PermissionError:
+            if not was_there:
+                raise
+        self._durable.add(folder)
 
     def _sweep(self) -> None:
-        """Remove what crashed writers left long ago."""
+        """Remove what crashed writers left long ago, where this user may."""
         before = time.time() - _ABANDONED_S
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             for part in os.scandir(self._root / _PARTS):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     if part.stat().st_mtime < before:
                         os.unlink(part.path)
 

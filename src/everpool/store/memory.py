@@ -33,7 +33,6 @@ class Fault(enum.Enum):
     LOST = "the effect happens, and its answer is lost"
     LATE = "no answer, and the effect happens later, at the shelf's next `deliver`"
     DENIED = "the rights are missing"
-    STALE = "a listing without what was put since the shelf's last `settle`"
 
 
 class _Kept(NamedTuple):
@@ -49,7 +48,6 @@ class Shelf:
         self.clock_ns = clock_ns
         self.lock = threading.RLock()
         self.objects: dict[str, _Kept] = {}
-        self.settled: dict[str, _Kept] = {}
         self.late: list[Callable[[], object]] = []
         self.requests = 0
 
@@ -59,11 +57,6 @@ class Shelf:
             late, self.late = self.late, []
             for request in late:
                 request()
-
-    def settle(self) -> None:
-        """Let stale listings know everything that was put so far."""
-        with self.lock:
-            self.settled = dict(self.objects)
 
 
 class MemoryStore:
@@ -132,12 +125,10 @@ class MemoryStore:
 
     def list(self, prefix: str, after: str = "") -> Iterator[Listed]:
         """Yield what is there when the iteration begins."""
-        stale = self._begin("list", prefix or "-") is Fault.STALE
+        self._begin("list", prefix or "-")
         folder = f"{prefix}/" if prefix else ""
         with self.shelf.lock:
             objects = dict(self.shelf.objects)
-            if stale:
-                objects = {key: objects[key] for key in objects if key in self.shelf.settled}
         for key in sorted(objects, key=str.encode):
             if key.startswith(folder) and key.encode() > after.encode():
                 yield Listed(key, len(objects[key].data), objects[key].modified_ns)

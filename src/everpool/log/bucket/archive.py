@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from xxhash import xxh3_128_digest
 
-from everpool.errors import CorruptionError, NotFoundError
+from everpool.errors import ClosedError, CorruptionError, NotFoundError
 from everpool.log import Appended
 from everpool.log.bucket.draft import MOST_ENTRIES
 from everpool.log.bucket.format import (
@@ -45,6 +45,7 @@ class Archive:
         self._cache = _Cache(cache_bytes)
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self._closed = False
 
     def read(self, head: Head, after: int, limit_bytes: int) -> list[Appended]:
         """Return the entries behind `after`, which must not be trimmed; see `Log.read`."""
@@ -55,6 +56,9 @@ class Archive:
             if found and size > limit_bytes:
                 break
             found.append((position, stored))
+        return self._with_bodies(found)
+
+    def _with_bodies(self, found: Sequence[tuple[int, Stored]]) -> list[Appended]:
         bodies = self._map(self._body, [stored for _, stored in found])
         return [
             Appended(position, stored.time_ns, body)
@@ -63,30 +67,24 @@ class Archive:
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
         """Yield the entries behind `after` up to `last`, trimmed or not."""
-        trimmed = min(head.sealed, head.trimmed)
-        if after < trimmed:
-            for position, stored in self._old(head.log_id, after, trimmed):
-                if position > last:
-                    return
-                yield Appended(position, stored.time_ns, self._body(stored))
-            after = trimmed
-        for position, stored in self._behind(head, after, _HISTORY_BYTES):
+        found: list[tuple[int, Stored]] = []
+        size = 0
+        for position, stored in self._all(head, after, _HISTORY_BYTES):
             if position > last:
-                return
-            yield Appended(position, stored.time_ns, self._body(stored))
+                break
+            found.append((position, stored))
+            size += stored.size
+            if size >= _HISTORY_BYTES:
+                yield from self._with_bodies(found)
+                found, size = [], 0
+        yield from self._with_bodies(found)
 
     def find(self, head: Head, id: bytes, after: int) -> int | None:
         """Return where behind `after` the entry of the append `id` is; None: nowhere.
 
         Raises `NotFoundError` when the entries there cannot be looked through any more.
         """
-        trimmed = min(head.sealed, head.trimmed)
-        if after < trimmed:
-            for position, stored in self._old(head.log_id, after, trimmed):
-                if stored.id == id:
-                    return position
-            after = trimmed
-        for position, stored in self._behind(head, after, 1 << 62):
+        for position, stored in self._all(head, after, 1 << 62):
             if stored.id == id:
                 return position
         return None
@@ -94,9 +92,17 @@ class Archive:
     def close(self) -> None:
         """End the threads."""
         with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
+            self._closed = True
+            if self._threads is not None:
+                self._threads.shutdown(wait=False)
+
+    def _all(self, head: Head, after: int, limit_bytes: int) -> Iterator[tuple[int, Stored]]:
+        """Yield the entries behind `after`, trimmed or not."""
+        trimmed = min(head.sealed, head.trimmed)
+        if after < trimmed:
+            yield from self._old(head.log_id, after, trimmed)
+            after = trimmed
+        yield from self._behind(head, after, limit_bytes)
 
     def _behind(self, head: Head, after: int, limit_bytes: int) -> Iterator[tuple[int, Stored]]:
         """Yield the entries behind `after`; chunks are fetched by the group, as far as needed."""
@@ -141,9 +147,9 @@ class Archive:
         start = f"{self._prefix}/{CHUNKS}/{max(0, after + 1 - MOST_ENTRIES):020d}"
         for listed in self._store.list(f"{self._prefix}/{CHUNKS}", after=start):
             span = parse_span(listed.key)
-            if span is None or span[1] <= after or after >= last:
+            if span is None or span[1] <= after:
                 continue
-            if span[0] > after + 1:
+            if after >= last or span[0] > after + 1:
                 break
             hash = bytes.fromhex(listed.key.rpartition("-")[2])
             reference = Reference(0, listed.size, *span, hash)
@@ -191,10 +197,12 @@ class Archive:
         if len(items) < 2 or all(isinstance(one, Stored) and one.data is not None for one in items):
             return [function(item) for item in items]
         with self._lock:
+            if self._closed:
+                raise ClosedError(f"the log in {self._prefix!r} is closed")
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_PARALLEL, "everpool-log")
-            threads = self._threads
-        return list(threads.map(function, items))
+            results = self._threads.map(function, items)
+        return list(results)
 
 
 class _Cache:

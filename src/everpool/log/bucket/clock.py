@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 
 _GRANULARITY_NS = 1_000_000_000
+# A clock that moved against the monotonic one by more than this was set.
+_SET_NS = 1_000_000_000
 
 
 class StoreClock:
@@ -11,11 +13,14 @@ class StoreClock:
 
     An object's time of modification is the store's clock at its swap. Seen from elsewhere, the
     store's clock is at least that; if the swap was our own, it was at most that when the swap was
-    sent. Times are in nanoseconds since 1970; stores round theirs down to seconds.
+    sent. Times are in nanoseconds since 1970; stores round theirs down to seconds. When this
+    machine's clock is set, which the monotonic one tells, all that was learned is forgotten.
     """
 
-    def __init__(self, clock_ns: Callable[[], int]) -> None:
+    def __init__(self, clock_ns: Callable[[], int], monotonic: Callable[[], float]) -> None:
         self._clock_ns = clock_ns
+        self._monotonic = monotonic
+        self._apart: int | None = None
         self._lock = threading.Lock()
         self._least: int | None = None
         self._most: int | None = None
@@ -25,11 +30,21 @@ class StoreClock:
         """Return the time."""
         offset = 0
         with self._lock:
+            now = self._read()
             if self._most is not None:
                 offset = min(offset, self._most)
             if self._least is not None:
                 offset = max(offset, self._least)
-        return self._clock_ns() + offset
+        return now + offset
+
+    def _read(self) -> int:
+        """Return this machine's time; the lock must be held."""
+        now = self._clock_ns()
+        apart = now - int(self._monotonic() * 1e9)
+        if self._apart is not None and abs(apart - self._apart) > _SET_NS:
+            self._least = self._most = self._sent = None
+        self._apart = apart
+        return now
 
     def sending(self) -> int:
         """Return what `sent` wants to know of the moment before a swap."""
@@ -48,7 +63,7 @@ class StoreClock:
     def saw(self, e_tag: str, modified_ns: int) -> None:
         """An object with this tag was modified then."""
         with self._lock:
-            at_least = modified_ns - self._clock_ns()
+            at_least = modified_ns - self._read()
             self._least = at_least if self._least is None else max(self._least, at_least)
             if self._sent is not None and self._sent[0] == e_tag:
                 self._most = modified_ns + _GRANULARITY_NS - self._sent[1]

@@ -59,7 +59,7 @@ class _Known(NamedTuple):
     asked: float
 
 
-class _Ticket:
+class _Waiter:
     """Something that waits to be swapped in."""
 
     def __init__(self, id: bytes, arrived: float, deadline: float) -> None:
@@ -75,17 +75,13 @@ class _Ticket:
         self.base: str | None = None
         self.after = 0
 
-    def place(self, draft: Draft) -> bool | None:
-        """Put it into the draft; None: not in this swap, False: never."""
-        raise NotImplementedError
-
     def clear(self) -> None:
         """No attempt so far has taken effect, nor will."""
         self.doubtful = False
         self.base = None
 
 
-class _Append(_Ticket):
+class _Append(_Waiter):
     def __init__(
         self, id: bytes, arrived: float, deadline: float, stored: Stored, expected: int | None
     ) -> None:
@@ -94,6 +90,7 @@ class _Append(_Ticket):
         self.expected = expected
 
     def place(self, draft: Draft) -> bool | None:
+        """Put it into the draft; None: not in this swap, False: never."""
         if self.expected is not None and self.expected != draft.end:
             self.position = draft.end
             return False
@@ -103,7 +100,7 @@ class _Append(_Ticket):
         return True
 
 
-class _Trim(_Ticket):
+class _Trim(_Waiter):
     def __init__(
         self, id: bytes, arrived: float, deadline: float, position: int, note: bytes
     ) -> None:
@@ -111,9 +108,8 @@ class _Trim(_Ticket):
         self.upto = position
         self.note = note
 
-    def place(self, draft: Draft) -> bool | None:
-        draft.trim(self.upto, self.note)
-        return True
+
+_Ticket = _Append | _Trim
 
 
 class BucketLog:
@@ -158,7 +154,7 @@ class BucketLog:
         self._chance = chance or random.Random(secrets.randbits(128))
         self._writer = self._chance.randbytes(8)
         self._archive = Archive(store, prefix, cache_bytes)
-        self._clock = StoreClock(clock_ns)
+        self._clock = StoreClock(clock_ns, monotonic)
         self._turns = Turns(self._writer, self._chance)
         self._pid = os.getpid()
         self._changed = threading.Condition()
@@ -178,7 +174,9 @@ class BucketLog:
         """Append `entry` and return its position, the last one plus 1; see `Log.append`."""
         data = bytes(entry)
         if not 0 < len(data) <= ENTRY_BYTES:
-            raise InvalidError(f"an entry of {len(data)} bytes cannot be appended")
+            raise InvalidError(
+                f"an entry has 1 to {ENTRY_BYTES} bytes, not {len(data)}: append less at a time"
+            )
         self._check_open()
         now = self._monotonic()
         with self._changed:
@@ -206,29 +204,33 @@ class BucketLog:
 
     def _submit(self, ticket: _Ticket) -> int:
         """Wait for the ticket to be swapped in, or lead the swaps of all who wait."""
-        with self._changed:
-            self._check_open()
-            if len(self._waiting) >= _MOST_WAITING:
-                raise UnavailableError(f"{_MOST_WAITING} appends wait for {self._where()} already")
-            self._waiting.append(ticket)
-            while not ticket.done and self._leading:
-                remaining = ticket.deadline - self._monotonic()
-                if remaining <= 0:
-                    self._give_up(ticket)
-                else:
-                    self._changed.wait(remaining)
-            if not ticket.done:
-                self._leading = True
-        if not ticket.done:
-            try:
+        leads = False
+        try:
+            with self._changed:
+                self._check_open()
+                if len(self._waiting) >= _MOST_WAITING:
+                    raise UnavailableError(
+                        f"{_MOST_WAITING} appends wait for {self._where()} already: try again"
+                    )
+                self._waiting.append(ticket)
+                while not ticket.done and self._leading:
+                    remaining = ticket.deadline - self._monotonic()
+                    if remaining <= 0:
+                        self._give_up(ticket)
+                    else:
+                        self._changed.wait(remaining)
+                if not ticket.done:
+                    leads = self._leading = True
+            if leads:
                 self._lead(ticket)
-            finally:
-                with self._changed:
+        finally:
+            with self._changed:
+                if leads:
                     self._leading = False
-                    if not ticket.done:  # an interrupt: nobody waits for it any more
-                        self._waiting.remove(ticket)
-                        ticket.done = True
-                    self._changed.notify_all()
+                if not ticket.done and ticket in self._waiting:  # an interrupt: nobody waits for it
+                    self._waiting.remove(ticket)
+                    ticket.done = True
+                self._changed.notify_all()
         if ticket.error is not None:
             raise ticket.error
         return ticket.position
@@ -298,9 +300,11 @@ class BucketLog:
         head has moved on, so that it can take no effect any more, and need not be waited for.
         """
         e_tag = known.e_tag
-        if self._swappers is None:
-            self._swappers = ThreadPoolExecutor(_MOST_SWAPS, "everpool-swap")
-        answer = self._swappers.submit(self._store.swap, self._head_key, data, e_tag)
+        with self._changed:
+            self._check_open()
+            if self._swappers is None:
+                self._swappers = ThreadPoolExecutor(_MOST_SWAPS, "everpool-swap")
+            answer = self._swappers.submit(self._store.swap, self._head_key, data, e_tag)
         patience_s = self._turns.patience_s()
         while True:
             try:
@@ -346,14 +350,17 @@ class BucketLog:
         with self._changed:
             waiting = [ticket for ticket in self._waiting if not ticket.done]
         for ticket in waiting:
-            if isinstance(ticket, _Append):
-                ticket.stored = ticket.stored._replace(time_ns=time_ns)
+            if isinstance(ticket, _Trim):
+                draft.trim(ticket.upto, ticket.note)
+                placed.append(ticket)
+                continue
+            ticket.stored = ticket.stored._replace(time_ns=time_ns)
             fits = ticket.place(draft)
             if fits is None:
                 break
             if fits:
                 placed.append(ticket)
-            elif isinstance(ticket, _Append):
+            else:
                 refused.append(ticket)
         return placed, refused, draft
 
@@ -596,9 +603,9 @@ class BucketLog:
             if not self._leading:
                 self._expire()
             self._changed.notify_all()
+            if self._swappers is not None:
+                self._swappers.shutdown(wait=False)
         self._archive.close()
-        if self._swappers is not None:
-            self._swappers.shutdown(wait=False)
 
     def _sleep(self, seconds: float) -> None:
         """Wait, but not for a closed log."""
