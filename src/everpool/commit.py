@@ -245,6 +245,8 @@ class Committer:
         self._enough = 1
         self._hurry = 0
         self._closed = False
+        # Called in the background before a flush that is due.
+        self.before_flush: Callable[[], None] = lambda: None
 
     def commit(self, submission: Submission) -> None:
         """Commit and return when the outcome is known."""
@@ -330,8 +332,8 @@ class Committer:
                     f"another process has been flushing memory for {timeout_s:g} s: try again"
                 )
             try:
-                flushed = self._flusher.sync(*self._holding_lock(self._flusher.begin))
-                self._holding_lock(lambda: self._flusher.commit(flushed))
+                flushed = self._flusher.sync(*self.holding_lock(self._flusher.begin))
+                self.holding_lock(lambda: self._flusher.commit(flushed))
             finally:
                 self._lock.release_flusher()
 
@@ -456,6 +458,8 @@ class Committer:
         """Flush in the background; what fails is tried again when the next flush is due."""
         try:
             with contextlib.suppress(EverpoolError):
+                self.before_flush()
+            with contextlib.suppress(EverpoolError):
                 self._flush(0)  # another process that flushes does it for this one, too
         finally:
             self._flush_begun = False
@@ -472,7 +476,17 @@ class Committer:
                 "another thread"
             )
 
-    def _holding_lock(self, work: Callable[[], T]) -> T:
+    def settled(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, called while nobody commits and memory has all there is."""
+
+        def settle_first() -> T:
+            self._writer.settle()
+            return work()
+
+        return self.holding_lock(settle_first)
+
+    def holding_lock(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, called with the writer's lock held."""
         with deferred(), self._leader:
             self._acquire_in_time()
             try:

@@ -5,19 +5,20 @@ After a fork the child makes its own; the parent's are left alone there, neither
 """
 
 import atexit
+import contextlib
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everpool import forks
 from everpool.commit import Committer, Submission, reset_after_fork
 from everpool.errors import CorruptionError, InvalidError, UnavailableError
 from everpool.interrupts import deferred
-from everpool.records import Fence, Record, RecordId
+from everpool.records import Fence, Record, RecordId, Reference
 from everpool.replica import layout
 from everpool.replica.bulk import Staged
 from everpool.replica.index import translated
@@ -25,6 +26,11 @@ from everpool.replica.outcomes import decided, forgotten
 from everpool.replica.replica import Replica, unfinished
 from everpool.replica.verify import Report, verify_folder, walk_index
 from everpool.values import Encoded
+
+if TYPE_CHECKING:
+    from everpool.agent.past import PastEngine
+    from everpool.past.folder import PastFolder
+    from everpool.past.keeper import Keeper
 
 _SETTLE_S = 0.05
 
@@ -41,6 +47,10 @@ class Engine:
         self.generation = forks.generation
         self.replica = Replica(folder, read_only=read_only)
         self.committer = None if read_only else Committer(self.replica, timeout_s)
+        self._mutex = threading.Lock()
+        self._kept_by: Keeper | None = None
+        if self.committer is not None:
+            self.committer.before_flush = self._checkpoint_quietly
         try:
             self._check_complete()
             if self.replica.state().pool != id:
@@ -169,22 +179,77 @@ class Engine:
             found = decided(index, id)
         return forgotten(index, id) if found is None else found
 
-    def past(self, version: int) -> Callable[[bool], "Engine"]:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+    # The past. Its modules are loaded when they are first wanted.
+
+    def begin_past(self) -> None:
+        """Keep a past from now on, which begins with a checkpoint of all there is."""
+        state = self.replica.state()
+        with contextlib.closing(self._past().open()) as store:
+            found = self._past().marker()
+            if found is None or (found.began and self._past().manifest(store, state.manifest) is None):
+                self.checkpoint()
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what a record names to bind a large value of the past, and what was stored."""
+        with translated("storing a value again"):
+            staged = self.replica.bulk.stage_again(reference)
+        return staged.reference, [staged]
+
+    def past(self, version: int) -> "Callable[[bool], PastEngine]":
+        """Return what opens the pool as it was at a version."""
+        from everpool.past.looking import opener
+
+        self.sync()
+        return opener(self._past(), self.replica, version, self.timeout_s)
 
     def version_at(self, time_ns: int) -> int:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+        """Return the newest version that is not younger than a time."""
+        from everpool.past.looking import PathHistory
+
+        self.sync()
+        with contextlib.closing(self._past().open()) as store:
+            history = PathHistory(self._past(), self.replica, store)
+            try:
+                return history.version_at(time_ns)
+            finally:
+                history.close()
 
     def branch(self, url: str, version: int) -> None:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+        """Make a pool at a URL that begins as this was at a version. It shares nothing with it."""
+        from everpool.past.sending import branch
+
+        self.begin_past()
+        branch(self._keeper(), lambda: self.past(version)(False), url)
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Make a checkpoint, and have a pool at the URL begin with it; returns its version."""
+        from everpool.past.sending import back_up
+
+        return back_up(self._keeper(), lambda version: self.past(version)(False), url, progress)
 
     def checkpoint(self) -> int:
-        """Make memory durable in its own files, and trim the tail."""
+        """Make a checkpoint now, which begins the past when there is none; returns its version."""
+        version = self._keeper().checkpoint()
         self.flush()
-        return self.replica.version()
+        return version
+
+    def _past(self) -> "PastFolder":
+        from everpool.past.folder import PastFolder
+
+        return PastFolder(self.folder, self.replica.bulk)
+
+    def _keeper(self) -> "Keeper":
+        from everpool.past.keeper import Keeper
+
+        committer = self._committer()
+        with self._mutex:
+            if self._kept_by is None:
+                self._kept_by = Keeper(self.folder, self.replica, committer, self.timeout_s)
+            return self._kept_by
+
+    def _checkpoint_quietly(self) -> None:
+        if self.replica.bulk.keeps_past():
+            self._keeper().checkpoint_quietly()
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
@@ -212,6 +277,8 @@ class Engine:
 
     def close(self) -> None:
         """Commit what is queued and close everything that can be closed."""
+        if self._kept_by is not None:
+            self._kept_by.close()
         if self.committer is not None:
             self.committer.close()
         self.replica.close()
@@ -220,13 +287,6 @@ class Engine:
         if self.committer is None:
             raise InvalidError(f"the pool {self.folder} is open read-only: open it for writing")
         return self.committer
-
-
-def _no_past() -> InvalidError:
-    return InvalidError(
-        "a pool at a path keeps no past: use a pool at a URL, like file:///folder, or copy this "
-        "one there with `everpool copy`"
-    )
 
 
 _engines: dict[tuple[int, int, bool], Engine] = {}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from everpool.commit import Submission
-from everpool.records import Record, RecordId
+from everpool.records import Record, RecordId, Reference
 from everpool.replica.bulk import Staged
 from everpool.replica.replica import Replica
 from everpool.replica.verify import Report
@@ -70,6 +70,18 @@ class Engine(Protocol):
 
     def outcome(self, id: RecordId) -> tuple[str, int | None, list[bytes]]:
         """Settle what became of a record: its state, version and results."""
+        ...
+
+    def begin_past(self) -> None:
+        """Keep a past from now on, where that is not done from the start."""
+        ...
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what a record names to bind a large value of the past, and what was stored."""
+        ...
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Make a checkpoint, and have a pool at the URL begin with it; returns its version."""
         ...
 
     def past(self, version: int) -> "Callable[[bool], Engine]":

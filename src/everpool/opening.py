@@ -75,7 +75,7 @@ def reopen(path: str, read_only: bool, timeout_s: float, cache_dir: str | None) 
     )
 
 
-def reopen_past(url: str, version: int, timeout_s: float, cache_dir: str) -> Pool:
+def reopen_past(url: str, version: int, timeout_s: float, cache_dir: str | None) -> Pool:
     """Open a pool as it was, as another process had it open."""
     with reopen(url, True, timeout_s, cache_dir) as pool:
         return pool.at(version)

@@ -348,11 +348,15 @@ class Pool(MutableMapping[str, Any]):
     def snapshot(self, name: str, version: int | None = None) -> Snapshot:
         """Give a name to the newest version, or to an older one, so that it can be found again.
 
-        Raises `ExistsError` when there is such a snapshot.
+        At a path, the first one begins the pool's past: it makes a checkpoint, which copies all
+        memory once. Raises `ExistsError` when there is such a snapshot.
         """
+        check_name(name)
         if version == 0:
             raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
-        self.sync()
+        engine = self.writing_engine()
+        engine.sync()
+        engine.begin_past()
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)
 
@@ -369,7 +373,8 @@ class Pool(MutableMapping[str, Any]):
 
         `when` is a version, the name of a snapshot, or a time (the newest version that is not
         younger; a naive one is local). It costs the index of names; bytes come when touched.
-        Raises `InvalidError` for the future, and for a pool at a path, which keeps no past.
+        Raises `InvalidError` for the future, and, for a pool at a path, for what was before its
+        past began, with the first snapshot or checkpoint.
         """
         engine = self.engine()
         version = version_of(engine, when)
@@ -392,22 +397,32 @@ class Pool(MutableMapping[str, Any]):
     def branch(self, url: str, at: "int | str | datetime | None" = None) -> None:
         """Make a pool at `url` that begins as this one is, or was, and goes its own way from there.
 
-        It shares this pool's segments: only the index and what no checkpoint has yet are copied,
-        so this pool must stay where it is. A snapshot of this pool, `branch at URL`, says so.
-        Open the branch like any other pool. Raises `ExistsError` when there is a pool at `url`.
+        A branch of a pool at a URL shares its segments: only the index and what no checkpoint has
+        yet are copied, so this pool must stay where it is. A snapshot of this pool, `branch at
+        URL`, says so. One of a pool at a path shares nothing, so either may be deleted; what lies
+        on the same disk is linked instead of copied. Open the branch like any other pool. Raises
+        `ExistsError` when there is a pool at `url`.
         """
         engine = self.writing_engine()
         version = engine.sync() if at is None else version_of(engine, at)
         engine.branch(url, version)
 
-    def checkpoint(self) -> int:
-        """Make a checkpoint now, from which new hosts begin; returns its version.
+    def checkpoint(
+        self, url: str | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Make a checkpoint now; returns its version.
 
-        Checkpoints are made by themselves when enough was committed. At a path, it makes memory
-        durable in its own files.
+        In a bucket, new hosts begin with it. At a path it begins the pool's past, or goes on with
+        it. From then on, checkpoints are made by themselves when enough was committed.
+
+        With a `url`, a pool at a path sends the checkpoint there, as a backup: opening that URL
+        goes on from it. The first one sends everything, later ones only what is not there yet. What
+        was interrupted is finished by calling it again. `progress` is called with the bytes sent so
+        far, and the bytes in all. Raises `ExistsError` when there is a pool at `url` that is no
+        backup of this one, or that was opened for writing since.
         """
-        self.writing_engine()
-        return self.engine().checkpoint()
+        engine = self.writing_engine()
+        return engine.checkpoint() if url is None else engine.backup(url, progress)
 
     # Used by transactions
 

@@ -22,7 +22,7 @@ from everpool.agent.checking import Check
 from everpool.agent.client import Client, Greeting, Request
 from everpool.agent.host import folder_name
 from everpool.agent.past import History, PastEngine
-from everpool.agent.pools import Marker, create_marker, open_pool_store, read_marker
+from everpool.agent.pools import Marker, claim, create_marker, open_pool_store, read_marker
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import (
@@ -240,6 +240,20 @@ class RemoteEngine:
         ((state, version, results),) = self._ask("outcomes", [list(id)])
         return state, version, results
 
+    def begin_past(self) -> None:
+        """Do nothing: a pool in a bucket keeps its past from the start."""
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what another record names to have a value again: the same segment."""
+        return reference, []
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Refuse: a pool in a bucket is where backups go."""
+        raise InvalidError(
+            "only a pool at a path sends its checkpoints elsewhere: use `branch`, which shares "
+            "this bucket's segments, or `everpool copy`"
+        )
+
     def past(self, version: int) -> Callable[[bool], PastEngine]:
         """Return what opens the pool as it was at a version."""
         self.sync()
@@ -389,7 +403,8 @@ def acquire(
         else:
             with contextlib.closing(open_store(url)) as store:
                 where = without_secrets(url)
-                marker = (create_marker if create else read_marker)(store, where)
+                found = (create_marker if create else read_marker)(store, where)
+                marker = claim(store, where, found, read_only=read_only)
             folder = cache / folder_name(url, marker.pool())
         check()
         try:

@@ -83,15 +83,17 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
         elif current is None or current.id != wanted.id:
             if current is not None and current.kind == MEMORY:
                 operations.append(Delete(name))
-            operations.append(Put(name, _payload(wanted)))
+            payload, stored = _payload(now, wanted)
+            operations.append(Put(name, payload))
+            staged += stored
     memory = [row for name in names if (row := now.replica.find(name).row) and row.kind == MEMORY]
     ranges = [(row.id, 0, row.size) for row in memory]
     return Record(version, list(names), [""], ranges, operations), staged
 
 
-def _payload(row: NameRow) -> Payload:
+def _payload(now: "Engine", row: NameRow) -> tuple[Payload, list[Staged]]:
     assert row.kind in (INLINE, BULK)
-    return bytes(row.body) if row.kind == INLINE else row.reference()
+    return (bytes(row.body), []) if row.kind == INLINE else now.again(row.reference())
 
 
 def _written(engine: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:

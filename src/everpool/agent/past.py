@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from everpool import forks
 from everpool.agent.blocks import BlockMemories
@@ -19,8 +19,9 @@ from everpool.agent.host import LOG, make_replica
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
+from everpool.log import Appended
 from everpool.log.bucket import BucketLog
-from everpool.records import Record, RecordId, decode_entry, encode_entry
+from everpool.records import Record, RecordId, Reference, decode_entry, encode_entry
 from everpool.replica.bulk import Staged
 from everpool.replica.outcomes import decided
 from everpool.replica.player import Player
@@ -32,18 +33,35 @@ from everpool.store import Store
 from everpool.values import Encoded
 
 
+class Entries(Protocol):
+    """The entries of a log, trimmed or not."""
+
+    def history(self, after: int, last: int | None = None) -> Iterator[Appended]:
+        """Yield the entries behind `after`, up to `last`, or to the end."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
 class History:
     """The checkpoints and entries of a pool in a store."""
 
-    def __init__(self, store: Store, manifest: str, start: str) -> None:
-        """`manifest` is that of the newest checkpoint, `start` the one a branch began with."""
+    def __init__(
+        self, store: Store, manifest: str, start: str, log: Entries | None = None
+    ) -> None:
+        """`manifest` is that of the newest checkpoint, `start` the one a branch began with.
+
+        `log` has the entries when these are not those of a log in the store.
+        """
         self._store = store
-        self._log = BucketLog(store, LOG)
+        self._log: Entries = BucketLog(store, LOG) if log is None else log
         # Where a replica may begin, oldest first. Version 0 is the empty pool.
         self.places: list[Past] = [] if start else [Past(0, 0, 0, "")]
         if manifest:
             newest = read_manifest(store, manifest)
-            self.places += [*newest.past, _place_of(newest, manifest)]
+            self.places += [*newest.past, place_of(newest, manifest)]
 
     def close(self) -> None:
         """Close the log."""
@@ -89,7 +107,8 @@ class History:
         raise NotFoundError(f"the pool's newest version is {reached}: {version} is in the future")
 
 
-def _place_of(manifest: Manifest, key: str) -> Past:
+def place_of(manifest: Manifest, key: str) -> Past:
+    """Return where a replica may begin that has a manifest's checkpoint."""
     return Past(manifest.version, manifest.time_ns, manifest.position, key)
 
 
@@ -107,7 +126,11 @@ class PastEngine:
         version: int,
         timeout_s: float,
         reopener: tuple[Callable[..., Any], tuple[Any, ...]],
+        make_values: Callable[[Path], CachedValues] | None = None,
     ) -> None:
+        """`make_values` returns the large values for the replica in a folder, when these are not
+        fetched from the store.
+        """
         self.read_only = True
         self.timeout_s = timeout_s
         self.generation = forks.generation
@@ -115,6 +138,7 @@ class PastEngine:
         self._reopener = reopener
         self._version = version
         self._store = store
+        self._make_values = make_values
         self._folder = Path(tempfile.mkdtemp(prefix="everpool-past-"))
         try:
             try:
@@ -132,7 +156,10 @@ class PastEngine:
         path = make_replica(self._folder, name, self._store, pool, place.key)
         store = self._store
         self.blocks = BlockMemories(name, lambda rows: read_pages(store, rows), threading.RLock())
-        self._values = CachedValues(path, store, lambda: version, self._download)
+        if self._make_values is None:
+            self._values = CachedValues(path, store, lambda: version, self._download)
+        else:
+            self._values = self._make_values(path)
         parts = Parts(memories=self.blocks, bulk=self._values)
         self.replica = Replica(path, read_only=False, parts=parts)
         try:
@@ -201,6 +228,18 @@ class PastEngine:
         if found is None:
             raise InvalidError(f"{id} was not decided at version {self._version}: ask the pool")
         return found
+
+    def begin_past(self) -> None:
+        """Refuse: the past does not change."""
+        raise self._refusal()
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Refuse: the past does not change."""
+        raise self._refusal()
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Refuse: ask the pool of today."""
+        raise self._refusal()
 
     def past(self, version: int) -> Any:
         """Refuse: ask the pool of today."""

@@ -132,7 +132,7 @@ class Batch:
         if old is None:
             self.state.names += 1
         self._bind(name, _value_row(effect.id, version, effect.payload))
-        return Resolved(effect.id, effect.replaced, _file_of(old))
+        return Resolved(effect.id, effect.replaced, self._removed(old))
 
     def _add(self, version: int, effect: Add) -> Resolved:
         id, offset, delta = effect.id, effect.offset, effect.delta
@@ -158,7 +158,7 @@ class Batch:
                 self._bind(name, NameRow(MEMORY, id, version, size, header))
                 return Resolved(id)
             case Unbind(name, id, size):
-                file = _file_of(self._row(name))
+                file = self._removed(self._row(name))
                 self.state.names -= 1
                 self._bind(name, None)
                 if size >= 0:
@@ -182,6 +182,16 @@ class Batch:
                 return Resolved()
             case _:
                 raise AssertionError(f"no such effect: {effect}")
+
+    def _removed(self, row: NameRow | None) -> str:
+        """Return the file to remove when a row goes; "" for none, or none before the tail's row."""
+        if row is None or row.kind != BULK:
+            return ""
+        file = row.reference().file
+        if self._replica.bulk.keeps_past():
+            self.garbage.append(file)
+            return ""
+        return file
 
     def finish(self, row: TailRow) -> None:
         """Write the rows that the entry's records share, and trim the tail a little."""
@@ -301,7 +311,3 @@ def _without_value(row: NameRow) -> NameRow:
     """Return the row to keep: no inline value, no bytes that lie in a page which may move."""
     kind, id, version, size, body = row
     return NameRow(kind, id, version, size, b"" if kind == INLINE else bytes(body))
-
-
-def _file_of(row: NameRow | None) -> str:
-    return row.reference().file if row is not None and row.kind == BULK else ""

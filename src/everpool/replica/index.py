@@ -558,6 +558,18 @@ class Index:
         for key in lost:
             txn.delete(key)
 
+    def references(self, txn: lmdb.Transaction) -> Iterator[Reference]:
+        """Yield what the values in bulk files are, of all names."""
+        for rest, row in _under(txn, _NAMES):
+            if rest[-1:] == b"\0":
+                long = _decode_long(_unseal(_NAMES + rest, row, "a row of long names"))
+                rows = [memoryview(one) for one in long.values()]
+            else:
+                rows = [row]
+            for one in rows:
+                if one[0] == BULK:
+                    yield _decode_reference(one[BODY:-8])
+
     # Memory, sessions, blocks
 
     def memory_row(self, txn: lmdb.Transaction, id: int) -> MemoryRow | None:
