@@ -219,7 +219,7 @@ class Engine:
         from everpool.past.sending import branch
 
         self.begin_past()
-        branch(self._keeper(), lambda: self.past(version)(False), url)
+        branch(self._keeper(), self.past(version)(False), url)
 
     def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
         """Make a checkpoint, and have a pool at the URL begin with it; returns its version."""

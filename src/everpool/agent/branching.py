@@ -31,12 +31,15 @@ def branch(past: PastEngine, parent: str, url: str, pin: Callable[[], None]) -> 
             store.get(MARKER)
             raise ExistsError(f"there is a pool at {where} already: choose another URL")
         pool = uuid.uuid4().bytes
-        start = _write(past, store, pool)
+        start = write_start(past, store, pool)
         pin()
         create_branch(store, where, pool, parent, start)
 
 
-def _write(past: PastEngine, store: Store, pool: bytes) -> str:
+def write_start(past: PastEngine, store: Store, pool: bytes) -> str:
+    """Write what a new pool needs to begin as a pool was, but for what that has in segments
+    already; returns the manifest's key.
+    """
     index, blocks = past.replica.index, past.blocks
     pages: dict[tuple[int, int], bytes] = {}
     places = [(id, block) for id, known in blocks.dirty().items() for block in known]

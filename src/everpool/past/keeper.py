@@ -33,7 +33,7 @@ from everpool.errors import ClosedError, UnavailableError
 from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.past.entries import PathEntries
 from everpool.past.folder import PastFolder
-from everpool.records import Checkpoint, Record, payload_size
+from everpool.records import Checkpoint, Operation, Pin, Record, Unpin, payload_size
 from everpool.replica.dirty import BLOCK_SHIFT
 from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.index import Index, State, is_page, translated
@@ -164,23 +164,46 @@ class Keeper:
             with self._steward(0):
                 self._checkpoint(None)
 
+    def find(self, file: str) -> Path:
+        """Return where a large value of the pool, or of its past, is."""
+        return self._replica.bulk.find(file)
+
+    def newest(self) -> tuple[Manifest | None, State]:
+        """Return the newest checkpoint, None before the first, and what the pool's state is."""
+        state = self._replica.state()
+        with contextlib.closing(self.past.open()) as store:
+            return self.past.manifest(store, state.manifest), state
+
     @contextlib.contextmanager
-    def steward(self) -> Iterator[None]:
-        """Keep others from making checkpoints, and from collecting what is copied meanwhile."""
-        with self._steward(self._timeout_s):
+    def pinned(self, name: str, version: int) -> Iterator[None]:
+        """Keep a version alive in the block, by a snapshot that is gone afterwards.
+
+        It stays when the process dies in between, until the same is done again.
+        """
+        known = {pin[0] for pin in self.pins()}
+        unpin: list[Operation] = [Unpin(name)] if name in known else []
+        self._commit([*unpin, Pin(name, version)])
+        try:
             yield
+        finally:
+            self._commit([Unpin(name)])
+
+    def pins(self) -> list[tuple[str, int, int]]:
+        """Return name, version and time of all snapshots."""
+        with self._replica.index.read() as txn:
+            return self._replica.index.pins(txn)
 
     @contextlib.contextmanager
     def _steward(self, timeout_s: float) -> Iterator[None]:
+        deadline = time.monotonic() + timeout_s
         with deferred():
             while not self._turn.acquire(timeout=NOTICE_S):
                 check()
+                if time.monotonic() > deadline:
+                    raise _busy("another thread", timeout_s)
             try:
-                if not self._lock.acquire_steward(timeout_s):
-                    raise UnavailableError(
-                        f"another process has been making a checkpoint for {timeout_s:g} s: try "
-                        "again"
-                    )
+                if not self._lock.acquire_steward(max(0.0, deadline - time.monotonic())):
+                    raise _busy("another process", timeout_s)
                 try:
                     yield
                 finally:
@@ -231,7 +254,7 @@ class Keeper:
             else:
                 after = 0 if began is not None and not began.began else state.position
             self._archive(store, state, after)
-            self._commit(Checkpoint(state.version, key))
+            self._commit([Checkpoint(state.version, key)])
             return state.version
 
     def _is_same(self, changes: Changes) -> bool:
@@ -247,8 +270,8 @@ class Keeper:
         finally:
             entries.close()
 
-    def _commit(self, operation: Checkpoint) -> None:
-        record = Record(self._replica.version(), [], [], [], [operation])
+    def _commit(self, operations: list[Operation]) -> None:
+        record = Record(self._replica.version(), [], [], [], operations)
         submission = Submission(record, [])
         self._committer.commit(submission)
         submission.version()
@@ -376,6 +399,10 @@ class Keeper:
         merged = (row for row in _merged([*stored, new]) if _is_alive(index, txn, row[0], known))
         rest = (row for row in index.dump(txn) if not is_page(row[0]))
         return write_runs(store, chain(merged, rest), 0, state.version)
+
+
+def _busy(who: str, timeout_s: float) -> UnavailableError:
+    return UnavailableError(f"{who} has been making a checkpoint for {timeout_s:g} s: try again")
 
 
 def _alive(

@@ -558,6 +558,11 @@ class Index:
         for key in lost:
             txn.delete(key)
 
+    def all_pages(self, txn: lmdb.Transaction) -> Iterator[bytes]:
+        """Yield the rows of all stored pages, of all memory."""
+        for rest, row in _under(txn, _BLOCKS):
+            yield bytes(_unseal(_BLOCKS + rest, row, "the row of a page"))
+
     def references(self, txn: lmdb.Transaction) -> Iterator[Reference]:
         """Yield what the values in bulk files are, of all names."""
         for rest, row in _under(txn, _NAMES):
