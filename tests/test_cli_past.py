@@ -1,4 +1,4 @@
-"""The commands about a pool's past, on a pool at a URL."""
+"""The commands about a pool's past, on a pool at a URL and on one at a path."""
 
 import datetime
 import json
@@ -13,11 +13,14 @@ from support.agents import end_agents
 from support.cli import out_of, run
 
 
-@pytest.fixture
-def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=["bucket", "path"])
+def url(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     monkeypatch.setenv("EVERPOOL_CACHE_DIR", str(tmp_path / "cache"))
-    url = f"file://{tmp_path}/cloud"
+    url = f"file://{tmp_path}/cloud" if request.param == "bucket" else f"{tmp_path}/pool"
     with everpool.open(url) as pool:
+        pool.checkpoint()
         pool["a"] = 1
     yield url
     end_agents(tmp_path)
@@ -71,7 +74,7 @@ def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) ->
     done = run("snapshot", url, "2026")
     assert done.code == 2 and "taken for a version" in done.err
     with everpool.open(tmp_path / "at-a-path"):
-        done = run("recover", str(tmp_path / "at-a-path"), "--to", "good")
-    assert done.code == 2 and "keeps no past" in done.err and "everpool copy" in done.err
+        done = run("recover", str(tmp_path / "at-a-path"), "--to", "2 hours ago")
+    assert done.code == 2 and "keeps no past" in done.err and "pool.checkpoint()" in done.err
     done = run("recover", str(tmp_path / "none"), "--to", "1")
     assert done.code == 1 and "create=True" in done.err

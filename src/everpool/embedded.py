@@ -181,13 +181,23 @@ class Engine:
 
     # The past. Its modules are loaded when they are first wanted.
 
-    def begin_past(self) -> None:
-        """Keep a past from now on, which begins with a checkpoint of all there is."""
-        state = self.replica.state()
-        with contextlib.closing(self._past().open()) as store:
-            found = self._past().marker()
-            if found is None or (found.began and self._past().manifest(store, state.manifest) is None):
+    def begin_past(self, version: int | None = None) -> None:
+        """Keep a past from now on, which begins with a checkpoint of all there is.
+
+        Raises `InvalidError` when `version` is of before the past began.
+        """
+        from everpool.past.looking import PathHistory
+
+        folder = self._past()
+        with contextlib.closing(folder.open()) as store:
+            if not folder.is_of_use(store, self.replica.state().manifest):
                 self.checkpoint()
+            if version is not None:
+                history = PathHistory(folder, self.replica, store)
+                try:
+                    history.before(version)
+                finally:
+                    history.close()
 
     def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
         """Return what a record names to bind a large value of the past, and what was stored."""
@@ -218,7 +228,6 @@ class Engine:
         """Make a pool at a URL that begins as this was at a version. It shares nothing with it."""
         from everpool.past.sending import branch
 
-        self.begin_past()
         branch(self._keeper(), self.past(version)(False), url)
 
     def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
@@ -230,7 +239,8 @@ class Engine:
     def checkpoint(self) -> int:
         """Make a checkpoint now, which begins the past when there is none; returns its version."""
         version = self._keeper().checkpoint()
-        self.flush()
+        if version:  # else there is nothing yet
+            self.flush()
         return version
 
     def _past(self) -> "PastFolder":

@@ -72,8 +72,11 @@ class Engine(Protocol):
         """Settle what became of a record: its state, version and results."""
         ...
 
-    def begin_past(self) -> None:
-        """Keep a past from now on, where that is not done from the start."""
+    def begin_past(self, version: int | None = None) -> None:
+        """Keep a past from now on, where that is not done from the start.
+
+        Raises `InvalidError` when `version` is of before the past began.
+        """
         ...
 
     def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:

@@ -356,7 +356,7 @@ class Pool(MutableMapping[str, Any]):
             raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
         engine = self.writing_engine()
         engine.sync()
-        engine.begin_past()
+        engine.begin_past(version)
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)
 
@@ -404,6 +404,7 @@ class Pool(MutableMapping[str, Any]):
         `ExistsError` when there is a pool at `url`.
         """
         engine = self.writing_engine()
+        engine.begin_past()
         version = engine.sync() if at is None else version_of(engine, at)
         engine.branch(url, version)
 

@@ -240,7 +240,7 @@ class RemoteEngine:
         ((state, version, results),) = self._ask("outcomes", [list(id)])
         return state, version, results
 
-    def begin_past(self) -> None:
+    def begin_past(self, version: int | None = None) -> None:
         """Do nothing: a pool in a bucket keeps its past from the start."""
 
     def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:

@@ -229,7 +229,7 @@ class PastEngine:
             raise InvalidError(f"{id} was not decided at version {self._version}: ask the pool")
         return found
 
-    def begin_past(self) -> None:
+    def begin_past(self, version: int | None = None) -> None:
         """Refuse: the past does not change."""
         raise self._refusal()
 

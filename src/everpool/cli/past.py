@@ -1,4 +1,4 @@
-"""The commands about a pool's past: snapshot, snapshots, recover, branch."""
+"""The commands about a pool's past: snapshot, snapshots, recover, branch, checkpoint."""
 
 import datetime
 import re
@@ -9,13 +9,20 @@ import typer
 
 import everpool
 from everpool.cli.boundary import Example, add_command
-from everpool.cli.opening import AsJson, PoolPath, is_url, open_to_read, open_to_write
-from everpool.cli.terminal import count, print_json, print_line, printable
+from everpool.cli.opening import AsJson, PoolPath, open_to_read, open_to_write
+from everpool.cli.terminal import (
+    count,
+    human_size,
+    meter,
+    print_json,
+    print_line,
+    printable,
+    spinner,
+)
 from everpool.errors import InvalidError
 
 _AGO = re.compile(r"(\d+(?:\.\d+)?)\s*(second|minute|hour|day|week)s?\s+ago")
-_CLOUD = '"file://$PWD/cloud"'
-_BEGIN = Example("a pool that keeps its past is one at a URL", f"everpool copy ./pool {_CLOUD}")
+_BACKUP = '"file://$PWD/backup"'
 _WHEN = "A version, a snapshot's name, a time (2026-01-31T12:00), or like '2 hours ago'."
 
 
@@ -25,11 +32,11 @@ def register(app: typer.Typer) -> None:
     add_command(app, "snapshots", *_SNAPSHOTS_EXAMPLES)(snapshots)
     add_command(app, "recover", *_RECOVER_EXAMPLES)(recover)
     add_command(app, "branch", *_BRANCH_EXAMPLES)(branch)
+    add_command(app, "checkpoint", *_CHECKPOINT_EXAMPLES)(checkpoint)
 
 
 _SNAPSHOT_EXAMPLES = (
-    _BEGIN,
-    Example("name what is there now", f"everpool snapshot {_CLOUD} before-cleanup"),
+    Example("name what is there now", "everpool snapshot ./pool before-cleanup"),
 )
 
 
@@ -41,7 +48,8 @@ def snapshot(
 ) -> None:
     """Give the pool's newest version a name, so that it can be found again.
 
-    It costs one small commit, whatever the pool holds.
+    It costs one small commit, whatever the pool holds. At a path, the first one begins the pool's
+    past, in POOL/past, for which all memory is copied once; what was before cannot be looked at.
     """
     with open_to_write(pool) as opened:
         if forget:
@@ -56,9 +64,8 @@ def snapshot(
 
 
 _SNAPSHOTS_EXAMPLES = (
-    _BEGIN,
-    Example("name a version", f"everpool snapshot {_CLOUD} before-cleanup"),
-    Example("see all of them", f"everpool snapshots {_CLOUD}"),
+    Example("name a version", "everpool snapshot ./pool before-cleanup"),
+    Example("see all of them", "everpool snapshots ./pool"),
 )
 
 
@@ -75,10 +82,9 @@ def snapshots(pool: PoolPath, as_json: AsJson = False) -> None:
 
 
 _RECOVER_EXAMPLES = (
-    _BEGIN,
-    Example("name a version", f"everpool snapshot {_CLOUD} good"),
-    Example("lose something", f"everpool rm {_CLOUD} greeting"),
-    Example("bring everything back", f"everpool recover {_CLOUD} --to good"),
+    Example("name a version", "everpool snapshot ./pool good"),
+    Example("lose something", "everpool rm ./pool greeting"),
+    Example("bring everything back", "everpool recover ./pool --to good"),
 )
 
 
@@ -108,10 +114,9 @@ def recover(
 
 
 _BRANCH_EXAMPLES = (
-    _BEGIN,
     Example(
         "try something without touching the pool",
-        f'everpool branch {_CLOUD} "file://$PWD/experiment"',
+        'everpool branch ./pool "file://$PWD/experiment"',
     ),
 )
 
@@ -123,13 +128,59 @@ def branch(
 ) -> None:
     """Make a pool that begins as this one is, or was, and goes its own way.
 
-    Large values and pages are shared, not copied, so POOL must stay where it is; a snapshot in
-    POOL says that there is a branch.
+    At a URL, large values and pages are shared, not copied, so POOL must stay where it is; a
+    snapshot in POOL says that there is a branch. A branch of a pool at a path shares nothing with
+    it; what lies on the same disk is linked instead of copied.
     """
     with open_to_write(pool) as opened:
         version = opened.version if at is None else _version(opened, at)
         opened.branch(url, version)
     print_line(f"{url} begins as version {version}")
+
+
+_CHECKPOINT_EXAMPLES = (
+    Example("begin the pool's past, or go on with it", "everpool checkpoint ./pool"),
+    Example("make a backup, or bring it up to date", f"everpool checkpoint ./pool {_BACKUP}"),
+    Example("see what is in the backup", f"everpool ls {_BACKUP}"),
+)
+
+
+def checkpoint(
+    pool: PoolPath,
+    url: Annotated[
+        str | None,
+        typer.Argument(metavar="[URL]", help="Send it there: s3://, gs://, az:// or file:///."),
+    ] = None,
+) -> None:
+    """Write down everything as it is now, so that it can be found again.
+
+    At a path, that begins the pool's past, or goes on with it: any version since can be looked at
+    and brought back. In a bucket, new hosts begin with it. Later ones are made by themselves when
+    enough was committed.
+
+    With a URL, a pool at a path sends the checkpoint there as a backup, which is a pool itself: to
+    go on from it, open it, or `everpool copy` it to a path. The first time sends everything, later
+    times what is new; what was interrupted is finished by a second run. Once the backup was opened
+    for writing it has a life of its own, and the next one needs another URL.
+    """
+    with open_to_write(pool) as opened:
+        if url is None:
+            with spinner("checkpoint"):
+                version = opened.checkpoint()
+            print_line(f"checkpoint of version {version}")
+            return
+        sent = 0
+        with meter() as shown:
+
+            def progress(done: int, total: int) -> None:
+                nonlocal sent
+                if not sent:
+                    shown.begin("sending", total)
+                shown.advance(done - sent)
+                sent = done
+
+            version = opened.checkpoint(url, progress)
+    print_line(f"{url} is version {version}; {human_size(sent)} sent")
 
 
 def _version(pool: everpool.Pool, when: str) -> int:
@@ -139,8 +190,6 @@ def _version(pool: everpool.Pool, when: str) -> int:
     for one in pool.snapshots():
         if one.name == when:
             return one.version
-    if not is_url(str(pool.path)):
-        pool.at(pool.version)  # refused, with what to do: a pool at a path keeps no past
     with pool.at(_time(when)) as past:
         return past.version
 

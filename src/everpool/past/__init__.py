@@ -14,8 +14,8 @@ then on
 - the floor is not raised above the newest checkpoint, so the tail has all that came after it
 - the entries up to a checkpoint are archived before the record that names it is committed
 
-so whatever the newest checkpoint says is needed no more can be found here, and any version since the
-first checkpoint is made from the newest one that is not behind it, the archive, and the tail.
+so any version since the first checkpoint can be made from the newest checkpoint that is not behind
+it, the archive, and the tail.
 
 Nothing in the pool refers to files in here: the folder may be deleted, which ends the past.
 

@@ -1,7 +1,7 @@
 """The entries of a pool at a path: the archive that its past has, and the tail behind it.
 
 An archived chunk is one of `log.bucket.format`. Its entries have the positions that they have in
-the pool's own log, so any two chunks that overlap say the same, and who archives twice does no harm.
+the pool's own log, so any two chunks that overlap say the same: archiving twice does no harm.
 """
 
 from collections.abc import Iterator

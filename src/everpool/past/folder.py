@@ -41,6 +41,13 @@ class PastFolder:
             except NotFoundError:  # deleted meanwhile
                 return None
 
+    def is_of_use(self, store: Store, key: str) -> bool:
+        """Whether there is a version to look back at; `key` is the newest checkpoint's manifest."""
+        marker = self.marker()
+        return marker is not None and (
+            not marker.began or self.manifest(store, key) is not None
+        )
+
     def begin(self, pool: bytes, version: int) -> None:
         """Begin to keep a past. Call with the writer's lock held."""
         with contextlib.closing(self.open()) as store:

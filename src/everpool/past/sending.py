@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Part(NamedTuple):
     """An object to be sent: its key there, and its file here."""
 
     key: str
-    path: Path
+    find: Callable[[], Path]
     size: int
 
 
@@ -88,7 +89,10 @@ def back_up(
                     parts = _parts_of(keeper, past)
                 finally:
                     past.release()
-                parts += [Part(run.key, keeper.past.path / run.key, run.size) for run in manifest.runs]
+                parts += [
+                    Part(run.key, partial(keeper.past.path.joinpath, run.key), run.size)
+                    for run in manifest.runs
+                ]
                 _send(store, parts, progress, may_link=False)
             there = Manifest(
                 pool, version, 0, manifest.hash, manifest.time_ns, manifest.runs, []
@@ -138,12 +142,13 @@ def _parts_of(keeper: Keeper, past: PastEngine) -> list[Part]:
         for row in index.all_pages(txn):
             key = key_of_pages(read_page_row(row).segment)
             if key not in parts:
-                path = keeper.past.path / key
-                parts[key] = Part(key, path, path.stat().st_size)
+                size = (keeper.past.path / key).stat().st_size
+                parts[key] = Part(key, partial(keeper.past.path.joinpath, key), size)
         for reference in index.references(txn):
             key = key_of_value(reference.file)
-            path = keeper.find(reference.file)
-            parts[key] = Part(key, path, stored_bytes(reference.size))
+            # When it is sent: it may be replaced, and move into the past, before.
+            find = partial(keeper.find, reference.file)
+            parts[key] = Part(key, find, stored_bytes(reference.size))
     return sorted(parts.values(), key=lambda part: -part.size)
 
 
@@ -153,7 +158,7 @@ def _send(store: Store, parts: list[Part], progress: Progress | None, *, may_lin
     parts = [part for part in parts if there.get(part.key) != part.size]
     total, done = sum(part.size for part in parts), 0
     if may_link and isinstance(store, DirectoryStore):
-        parts = [part for part in parts if not store.link(part.key, part.path)]
+        parts = [part for part in parts if not store.link(part.key, part.find())]
     stopped = threading.Event()
     with ThreadPoolExecutor(_AT_ONCE, "everpool-send") as threads:
         waiting: dict[Future[None], Part] = {}
@@ -179,13 +184,14 @@ def _send(store: Store, parts: list[Part], progress: Progress | None, *, may_lin
 def _send_part(store: Store, part: Part, stopped: threading.Event) -> None:
     def pieces() -> Iterator[bytes]:
         left = part.size
-        with part.path.open("rb") as file:
+        path = part.find()
+        with path.open("rb") as file:
             while left:
                 if stopped.is_set():
                     raise ClosedError("another part could not be sent")
                 piece = file.read(min(left, _PIECE_BYTES))
                 if not piece:
-                    raise CorruptionError(f"{part.path} is cut short: restore it from a copy")
+                    raise CorruptionError(f"{path} is cut short: restore it from a copy")
                 left -= len(piece)
                 yield piece
 
