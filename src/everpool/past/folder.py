@@ -69,12 +69,12 @@ class PastFolder:
 
     def _keep(self, file: str) -> bool:
         target = self._values / file
+        if target.exists():
+            return True
         try:
             source = self._bulk.find(file)
         except FileNotFoundError:
             return False  # a value of before the past began
-        if source == target:
-            return True
         if not self._values.is_dir():
             self._values.mkdir(exist_ok=True)
             sync_folder(self.path)
