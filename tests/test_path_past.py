@@ -439,7 +439,7 @@ def prepare_deaths(path: Path) -> Pictures:
     with everpool.open(path) as pool:
         pool["before"] = "the past"
         pool["large"] = np.arange(9000)
-        pool.allocate("m/0", 1 << 30).write(100, b"before the past")
+        pool.allocate("memory", 1 << 30).write(100, b"before the past")
         pool.checkpoint()
         return {pool.version: picture(pool)}
 
@@ -449,13 +449,17 @@ def change_some(path: Path, seed: int) -> Pictures:
     short_tail()
     choose = random.Random(seed)
     with everpool.open(path, create=False) as pool:
-        for _ in range(4):
-            change(pool, choose)
-        pool["large"] = np.arange(9000 + seed)
+        pool["seed"] = seed
+        pool.memory("memory").write(choose.choice([0, 100, 1 << 29]), choose.randbytes(30))
         found = {pool.version: picture(pool)}
-        del pool["large"]
-        pool["large"] = np.full(9000, seed)
-        found[pool.version] = picture(pool)
+        if seed % 10 == 0:  # each file that is replaced is a step more
+            for _ in range(6):
+                change(pool, choose)
+            pool["large"] = np.arange(9000 + seed)
+            found[pool.version] = picture(pool)
+            del pool["large"]
+            pool["large"] = np.full(9000, seed)
+            found[pool.version] = picture(pool)
     return found
 
 
