@@ -15,6 +15,7 @@ from everpool import ConflictError, ExistsError, InvalidError, NotFoundError
 from support.agents import end_agents
 from support.pictures import change, picture
 
+
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     yield f"file://{tmp_path}/bucket"

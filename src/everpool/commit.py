@@ -483,6 +483,7 @@ class Committer:
             self._writer.settle()
             return work()
 
+        self._refuse_in_callback()
         return self.holding_lock(settle_first)
 
     def holding_lock(self, work: Callable[[], T]) -> T:

@@ -207,10 +207,23 @@ class Engine:
 
     def past(self, version: int) -> "Callable[[bool], PastEngine]":
         """Return what opens the pool as it was at a version."""
-        from everpool.past.looking import opener
+        from everpool.opening import reopen_past
+        from everpool.past.looking import open_at
+
+        def open_past(create: bool) -> "PastEngine":
+            if self.is_ours():
+                return open_at(self._past(), self.replica, version, self.timeout_s, reopen_past)
+            # In a forked child, which must not use what its parent has open.
+            engine = acquire(
+                self.folder, create=False, read_only=self.read_only, timeout_s=self.timeout_s
+            )
+            try:
+                return engine.past(version)(create)
+            finally:
+                engine.release()
 
         self.sync()
-        return opener(self._past(), self.replica, version, self.timeout_s)
+        return open_past
 
     def version_at(self, time_ns: int) -> int:
         """Return the newest version that is not younger than a time."""
@@ -279,6 +292,7 @@ class Engine:
             "memory_behind_index": max(0, state.version - applied),
             "floor": state.floor,
             "flushed": state.flushed,
+            "checkpoint": state.checkpoint,
             "tail_bytes": state.tail_bytes,
             "index_bytes": replica.index.path.stat().st_size,
             "readers": environment.info()["num_readers"],

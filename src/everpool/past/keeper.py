@@ -218,6 +218,7 @@ class Keeper:
             raise ClosedError("the pool is closed: open it again")
 
     def _checkpoint(self, progress: Progress | None) -> int:
+        self._pause()
         replica = self._replica
         with contextlib.closing(self.past.open()) as store:
             state = replica.state()

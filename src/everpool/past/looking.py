@@ -98,34 +98,35 @@ class PathValues(CachedValues):
         return BulkFiles.damage(self, reference)
 
 
-def opener(
-    folder: PastFolder, replica: Replica, version: int, timeout_s: float
-) -> Callable[[bool], PastEngine]:
-    """Return what opens the pool in that folder as it was at a version."""
-    from everpool.opening import reopen_past
+def open_at(
+    folder: PastFolder,
+    replica: Replica,
+    version: int,
+    timeout_s: float,
+    reopen: Callable[..., Any],
+) -> PastEngine:
+    """Open the pool that has this past as it was at a version.
 
+    `reopen(path, version, timeout_s, None)` does so in another process.
+    """
     state = replica.state()
     if not 0 <= version <= state.version:
         raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
     pool = os.fspath(folder.path.parent)
     place: tuple[Any, ...] = (pool, version, timeout_s, None)
-
-    def open_past(create: bool) -> PastEngine:
-        store = folder.open()
-        try:
-            history = PathHistory(folder, replica, store)
-            history.before(version)
-        except BaseException:
-            store.close()
-            raise
-        return PastEngine(
-            store,
-            history,
-            state.pool,
-            version,
-            timeout_s,
-            (reopen_past, place),
-            lambda path: PathValues(path, store, version, replica.bulk),
-        )
-
-    return open_past
+    store = folder.open()
+    try:
+        history = PathHistory(folder, replica, store)
+        history.before(version)
+    except BaseException:
+        store.close()
+        raise
+    return PastEngine(
+        store,
+        history,
+        state.pool,
+        version,
+        timeout_s,
+        (reopen, place),
+        lambda path: PathValues(path, store, version, replica.bulk),
+    )
