@@ -151,6 +151,14 @@ def test_cuts_of_several_processes_one_of_which_dies(
     cuts.check(auditor, cuts.choose(pick, 60))
 
 
+def test_cuts_of_a_pool_that_keeps_its_past(
+    tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
+) -> None:
+    make = orders(2, 2, 60, seed=3, past=True)
+    cuts = Cuts(record(tmp_path / "disk", make), scratch)
+    cuts.check(auditor, cuts.choose(pick, 80))
+
+
 def test_cuts_while_a_pool_is_made(
     recording: Recording, auditor: Auditor, scratch: Path, pick: random.Random
 ) -> None:
