@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from everpool.past import keeper
 from everpool.replica import flush
 from support import disks, scenes
 from support.agents import end_agents
+from support.cli import contents, out_of
 from support.disks import Disk, on_own_disk
 from support.pictures import change, picture
 from support.processes import Child, call, ending
@@ -748,3 +750,73 @@ def test_an_empty_pool_has_a_past_and_a_backup(path: Path, tmp_path: Path) -> No
         assert pool.checkpoint(there) == 1
     with everpool.open(there, cache_dir=tmp_path / "cache") as backup:
         assert dict(backup) == {"a": 1}
+
+
+# What a past must not change
+
+
+def test_a_copy_and_an_export_leave_the_past_behind(path: Path, tmp_path: Path) -> None:
+    with everpool.open(path) as pool:
+        pool["large"] = np.arange(100_000)
+        pool.allocate("m", 1 << 20).write(5, b"memory")
+        pool.snapshot("one")
+        pool["large"] = np.arange(50_000)
+    out_of("copy", path, tmp_path / "copy")
+    out_of("export", path, tmp_path / "tree")
+    assert out_of("verify", path)
+    assert contents(tmp_path / "copy") == contents(path)
+    assert not (tmp_path / "copy" / "past").exists()
+    assert not list((tmp_path / "tree").rglob("checkpoints"))
+
+
+def test_ctrl_c_ends_a_checkpoint_and_leaves_no_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "_BLOCKS_AT_ONCE", 4)
+    with everpool.open(path) as pool:
+        pool.allocate("m", 256 << 20).write(0, os.urandom(64 << 20))
+        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                pool.checkpoint()
+                pool.memory("m").write(0, os.urandom(64 << 20))
+        call(make_one, path)
+        pool.checkpoint()
+        with pool.at(pool.version) as past:
+            assert past.memory("m").read(0, 99) == pool.memory("m").read(0, 99)
+
+
+def make_one(path: Path) -> None:
+    with everpool.open(path) as pool:
+        pool["other"] = 1
+        pool.checkpoint()
+
+
+def test_a_backup_and_a_writer_go_on_together(path: Path, tmp_path: Path) -> None:
+    there = f"file://{tmp_path}/backup"
+    with everpool.open(path) as pool:
+        pool.checkpoint()
+        ending_it = threading.Event()
+
+        def write() -> None:
+            number = 0
+            while not ending_it.is_set():
+                number += 1
+                with pool.transaction() as tx:
+                    tx["large"] = np.full(9000, number)
+                    tx["number"] = number
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            for turn in range(8):
+                pool.checkpoint(there)
+                with everpool.open(
+                    there, read_only=True, cache_dir=tmp_path / f"cache{turn}"
+                ) as backup:
+                    if "number" in backup:
+                        assert backup["large"].tolist() == [backup["number"]] * 9000
+        finally:
+            ending_it.set()
+            thread.join()
