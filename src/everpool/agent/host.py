@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from msgspec.structs import replace
+
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
 from everpool.agent.values import CachedValues
@@ -421,6 +423,11 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
+            # What the parent has let go of, and its objects, are the parent's business.
+            version = manifest.version
+            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
+            for key in [key for key, _, _ in index.garbage(txn)]:
+                index.drop_garbage(txn, key)
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version
