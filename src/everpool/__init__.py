@@ -15,7 +15,7 @@ from everpool.memory import Array, Memory
 from everpool.opening import open_pool as open
 from everpool.pool import Outcome, Pool
 from everpool.records import RecordId
-from everpool.snapshots import Snapshot
+from everpool.snapshots import Collected, Retention, Snapshot
 from everpool.transaction import Transaction
 from everpool.watch import Change, Watch
 
@@ -25,6 +25,7 @@ __all__ = [
     "Array",
     "Change",
     "ClosedError",
+    "Collected",
     "CommitUnknownError",
     "ConflictError",
     "CorruptionError",
@@ -36,6 +37,7 @@ __all__ = [
     "Outcome",
     "Pool",
     "RecordId",
+    "Retention",
     "Snapshot",
     "Transaction",
     "UnavailableError",

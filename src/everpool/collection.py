@@ -99,15 +99,15 @@ def is_needed(began: int, dead: int, start: int, islands: Iterable[tuple[int, in
 
 
 def refusal(
-    record: Collect, snapshot: int, checkpoint: int, horizon: Horizon, pins: Iterable[int], now: int
+    record: Collect, checkpoint: int, horizon: Horizon, pins: Iterable[int], now: int
 ) -> str | None:
-    """Return why a `Collect` of that snapshot cannot be at version `now`, in words, or None.
+    """Return why a `Collect` cannot be at version `now`, in words, or None.
 
     `checkpoint` is the version of the newest checkpoint.
     """
     if record.checkpoint != checkpoint:
         return f"there is a checkpoint of version {checkpoint} by now"
-    if horizon.restored > snapshot:
+    if horizon.restored > record.version:
         return f"old values were brought back at version {horizon.restored}"
     if not horizon.kept <= record.kept < now or not horizon.start <= record.start <= record.kept:
         return f"version {horizon.kept} is kept from {horizon.start} on by now"
@@ -153,6 +153,6 @@ def needed_places(places: Sequence[P], pins: Iterable[int], kept: int) -> list[P
 
     What is kept may be less by now, never more.
     """
-    first = places[0].version if places else 0
+    first = places[0].version if places else kept + 1
     wanted = {place_of(places, one).version for one in (*pins, kept) if first <= one <= kept}
     return [place for place in places if place.version > kept or place.version in wanted]

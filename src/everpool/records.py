@@ -194,11 +194,12 @@ class Unpin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
 class Collect(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=11):
     """Let go of versions before `kept`, but those of snapshots (see `everpool.collection`).
 
-    Replicas begin at `start`, or, for snapshots, at the first version of an island, which ends
-    with the last snapshot's. All this is as of the newest checkpoint, that of version
-    `checkpoint`. `dead` are the keys of objects that nothing names any more.
+    Replicas begin at `start`, or, for a snapshot, at the first version of an island, which ends
+    with the snapshot's. `dead` are the keys of objects that nothing names any more. All this was
+    worked out at version `version`, under the newest checkpoint, that of version `checkpoint`.
     """
 
+    version: int
     checkpoint: int
     kept: int
     start: int

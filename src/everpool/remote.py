@@ -54,6 +54,7 @@ from everpool.values import Encoded
 
 # How much longer than a commit opening may take: an agent has to start.
 _START_S = 2.0
+_LOOK_S = 0.1
 _QUERY = re.compile(r"\?.*$")
 
 
@@ -200,7 +201,10 @@ class RemoteEngine:
         return [(offset, size) for offset, size in self._ask("extents", id)]
 
     def _fetch_value(self, reference: Reference) -> None:
-        self._ask("value", reference.file, reference.size, reference.checksum)
+        try:
+            self._ask("value", reference.file, reference.size, reference.checksum)
+        except NotFoundError as error:
+            raise FileNotFoundError(error.message) from error
 
     def stage(self, encoded: Encoded) -> Staged:
         """Upload a large value, for a record to name."""
@@ -246,6 +250,14 @@ class RemoteEngine:
         state = self.replica.state()
         if not 0 <= version <= state.version:
             raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
+        if not state.horizon.keeps(version, (one.version for one in snapshots_of(self))):
+            kept = state.horizon.kept
+            elsewhere = ", or the pool that this one branched from has it" * bool(self.marker.parent)
+            raise InvalidError(
+                f"version {version} was collected{elsewhere}: versions from {kept} on are kept, "
+                "and those of snapshots; `pool.retain` says for how long",
+                kept=kept,
+            )
         from everpool.opening import reopen_past
 
         place = (self.url, version, self.timeout_s, os.fspath(self._cache))
@@ -290,6 +302,18 @@ class RemoteEngine:
         """Make a checkpoint now; returns its version."""
         return self._ask("checkpoint")
 
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Delete what nothing needs from the store; returns what was done."""
+        told = self._ask("collect", True, dry_run)
+        while not told["done"]:
+            if progress is not None:
+                progress(told)
+            time.sleep(_LOOK_S)
+            told = self._ask("collect", False, dry_run)
+        return told
+
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and the host's replica of it."""
         told = self._ask("stats")
@@ -306,6 +330,7 @@ class RemoteEngine:
             "position": told["position"],
             "floor": state.floor,
             "checkpoint": state.flushed,
+            "kept": state.horizon.kept,
             "tail_bytes": state.tail_bytes,
             "agent": told["agent"],
             "clients": told["clients"],

@@ -513,7 +513,7 @@ class Judge:
     def _effects(self, record: Record, effects: list[Effect]) -> int:
         """Append the record's effects; returns the next free object id; raises `_Refused`."""
         catalog = self.catalog
-        next_id, snapshot = self.next_id, record.snapshot
+        next_id = self.next_id
         overlay: dict[str, Binding | None] = {}
         created: list[tuple[int, int]] = []
         gone: set[int] = set()
@@ -606,9 +606,7 @@ class Judge:
                 if pins is None:
                     pins = dict(catalog.pins())
                 if isinstance(operation, Collect):
-                    why = refusal(
-                        operation, snapshot, checkpoint, horizon, pins.values(), self.version
-                    )
+                    why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
                     if why is not None:
                         raise _Refused(Verdict.CONFLICT, why)
                     if not all(_is_key(key) for key in operation.dead):

@@ -91,6 +91,11 @@ class Host:
         self._open_newest()
 
     @property
+    def is_branch(self) -> bool:
+        """Whether the pool began with a version of another one."""
+        return bool(self._start)
+
+    @property
     def name(self) -> str:
         """The name of the replica's folder."""
         return self.replica.folder.name
@@ -265,6 +270,19 @@ class Host:
         return self.player.knows(position, hash)
 
     # What clients ask for
+
+    def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
+        """Bring blocks of memory in; see `BlockMemories.fill`."""
+        try:
+            self.blocks.fill(id, ranges)
+        except CorruptionError:
+            # Pages of an old checkpoint may have been collected.
+            before = self._flushed
+            self.sync()
+            self.adopt()
+            if self._flushed == before:
+                raise
+            self.blocks.fill(id, ranges)
 
     def download(self, reference: Reference) -> None:
         """Bring a large value into the cache, once for all who ask."""

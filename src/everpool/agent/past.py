@@ -218,6 +218,12 @@ class PastEngine:
         """Refuse: the past does not change."""
         raise self._refusal()
 
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Refuse: ask the pool of today."""
+        raise self._refusal()
+
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool as it was."""
         state = self.replica.state()

@@ -25,7 +25,7 @@ from everpool.collection import needed_places
 from everpool.errors import UnavailableError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
 from everpool.records import Checkpoint, Floor, Record, Reference
-from everpool.replica.batch import keys_in
+from everpool.replica.batch import Result, keys_in
 from everpool.replica.bulk import key_of_value
 from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.flush import floor_of
@@ -37,7 +37,7 @@ from everpool.segments.checkpoints import (
     write_runs,
 )
 from everpool.segments.format import Manifest, Page, Past, Row, Run
-from everpool.verdict import Add, Bind, BindMemory, SetHorizon, Store, Unbind
+from everpool.verdict import Add, Bind, BindMemory, SetHorizon, Store, Unbind, Verdict
 
 # A checkpoint is due when this much was committed since the last one.
 DUE_VERSIONS = int(os.environ.get("EVERPOOL_CHECKPOINT_VERSIONS", "8192"))
@@ -58,8 +58,8 @@ class _Changed(NamedTuple):
 class Steward:
     """Makes checkpoints of one host's pool. One thread at a time."""
 
-    def __init__(self, host: Host, commit: Callable[[Record], object]) -> None:
-        """`commit` returns when the record is committed, and raises when it is not."""
+    def __init__(self, host: Host, commit: Callable[[Record], Result]) -> None:
+        """`commit` returns what became of a record."""
         self._host = host
         self._commit = commit
         self._began = 0
@@ -112,7 +112,9 @@ class Steward:
         floor = floor_of(host.replica.index, now, state.version)
         built_on = 0 if previous is None else previous.version
         operations = [Floor(floor), Checkpoint(state.version, key, built_on, self._began)]
-        self._commit(Record(now.version, [], [], [], list(operations)))
+        result = self._commit(Record(now.version, [], [], [], list(operations)))
+        if result.verdict is not Verdict.COMMITTED:
+            raise UnavailableError(f"{result.detail}: somebody else was faster: try again")
         host.adopt()
         host.log.trim(manifest.position, key.encode())
         return state.version
