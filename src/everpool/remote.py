@@ -252,7 +252,7 @@ class RemoteEngine:
             raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
         if not state.horizon.keeps(version, (one.version for one in snapshots_of(self))):
             kept = state.horizon.kept
-            elsewhere = ", or the pool that this one branched from has it" * bool(self.marker.parent)
+            elsewhere = ", or is in the pool that this one branched from" * bool(self.marker.parent)
             raise InvalidError(
                 f"version {version} was collected{elsewhere}: versions from {kept} on are kept, "
                 "and those of snapshots; `pool.retain` says for how long",

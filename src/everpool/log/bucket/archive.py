@@ -69,17 +69,25 @@ class Archive:
         ]
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
-        """Yield the entries behind `after` up to `last`, trimmed or not."""
+        """Yield the entries behind `after` up to `last`, trimmed or not.
+
+        Raises `NotFoundError` behind the last one that is there.
+        """
         found: list[tuple[int, Stored]] = []
         size = 0
-        for position, stored in self._all(head, after, _HISTORY_BYTES):
-            if position > last:
-                break
-            found.append((position, stored))
-            size += stored.size
-            if size >= _HISTORY_BYTES:
-                yield from self._with_bodies(found)
-                found, size = [], 0
+        entries = self._all(head, after, _HISTORY_BYTES)
+        try:
+            for position, stored in entries:
+                if position > last:
+                    break
+                found.append((position, stored))
+                size += stored.size
+                if size >= _HISTORY_BYTES:
+                    yield from self._with_bodies(found)
+                    found, size = [], 0
+        except NotFoundError:
+            yield from self._with_bodies(found)
+            raise
         yield from self._with_bodies(found)
 
     def find(self, head: Head, id: bytes, after: int) -> int | None:
