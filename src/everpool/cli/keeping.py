@@ -12,7 +12,7 @@ from everpool.cli.terminal import count, human_size, meter, print_json, print_li
 from everpool.errors import InvalidError
 
 _CLOUD = '"file://$PWD/cloud"'
-_BEGIN = Example("a pool in a bucket", f"everpool put {_CLOUD} greeting hello")
+_BEGIN = Example("a pool in a bucket", f"everpool copy ./pool {_CLOUD}")
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)", re.IGNORECASE)
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
