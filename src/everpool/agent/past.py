@@ -197,7 +197,7 @@ class PastEngine:
 
     def outcome(self, id: RecordId) -> tuple[str, int | None, list[bytes]]:
         """Return what had become of a record."""
-        found = decided(self.replica.index, id)
+        found = decided(self.replica.index, [id]).get(id)
         if found is None:
             raise InvalidError(f"{id} was not decided at version {self._version}: ask the pool")
         return found
