@@ -27,7 +27,7 @@ from everpool.replica.player import Player
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.segments.checkpoints import read_manifest, read_pages
-from everpool.segments.format import Manifest, Past
+from everpool.segments.format import Past
 from everpool.store import Store
 from everpool.values import Encoded
 
@@ -43,7 +43,7 @@ class History:
         self.places: list[Past] = [] if start else [Past(0, 0, 0, "")]
         if manifest:
             newest = read_manifest(store, manifest)
-            self.places += [*newest.past, _place_of(newest, manifest)]
+            self.places += [*newest.past, newest.place(manifest)]
 
     def close(self) -> None:
         """Close the log."""
@@ -87,10 +87,6 @@ class History:
             if reached >= version:
                 return
         raise NotFoundError(f"the pool's newest version is {reached}: {version} is in the future")
-
-
-def _place_of(manifest: Manifest, key: str) -> Past:
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)
 
 
 class PastEngine:

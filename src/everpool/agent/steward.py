@@ -33,7 +33,7 @@ from everpool.segments.checkpoints import (
     write_pages,
     write_runs,
 )
-from everpool.segments.format import Manifest, Page, Past, Row, Run
+from everpool.segments.format import Manifest, Page, Row, Run
 from everpool.verdict import Add, Bind, BindMemory, Store, Unbind
 
 # A checkpoint is due when this much was committed since the last one.
@@ -91,7 +91,7 @@ class Steward:
             for (place, last, _), page in zip(rest, places, strict=True):
                 pages[place] = (last, page)
             runs = self._write_runs(txn, state, previous, pages)
-        past = [] if previous is None else [*previous.past, _past_of(previous, before.manifest)]
+        past = [] if previous is None else [*previous.past, previous.place(before.manifest)]
         manifest = Manifest(
             state.pool,
             state.version,
@@ -195,7 +195,3 @@ class Steward:
                 if isinstance(effect, (BindMemory, Unbind, Store, Add)):
                     changed.ids.add(resolved.id)
         return changed
-
-
-def _past_of(manifest: Manifest, key: str) -> Past:
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)

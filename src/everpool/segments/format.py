@@ -74,6 +74,10 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     runs: list[Run]
     past: list[Past]
 
+    def place(self, key: str) -> Past:
+        """Return what later manifests keep of this one, which is under `key`."""
+        return Past(self.version, self.time_ns, self.position, key)
+
 
 class Page(NamedTuple):
     """Where a page is."""
