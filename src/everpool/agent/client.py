@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from everpool import errors
 from everpool.agent.frames import Frames, Nonsense, pack
-from everpool.agent.starting import Finder, agent_pid, is_stopped
+from everpool.agent.starting import Finder, agent_pid
 from everpool.errors import (
     ClosedError,
     CommitUnknownError,
@@ -36,6 +36,7 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.processes import is_stopped
 from everpool.records import RecordId
 from everpool.replica.batch import Result
 from everpool.verdict import Verdict

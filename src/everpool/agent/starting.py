@@ -168,10 +168,3 @@ def agent_pid(folder: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         return int((folder / "agent.lock").read_text())
     return 0
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal or a debugger."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-    return False
