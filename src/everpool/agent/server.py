@@ -38,7 +38,7 @@ from everpool.errors import (
 from everpool.log.bucket import BucketLog
 from everpool.records import Record, RecordId, Reference
 from everpool.replica.index import translated
-from everpool.store import open_store
+from everpool.store import open_store, without_secrets
 from everpool.verdict import Verdict
 
 IDLE_S = float(os.environ.get("EVERPOOL_AGENT_IDLE_S", "10"))
@@ -305,7 +305,7 @@ def _marker(folder: Path, url: str) -> Marker | None:
 
     Raises `ClosedError` when there is another pool by now, which others have a folder for.
     """
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     try:
         with contextlib.closing(open_store(url)) as store:
             marker = read_marker(store, where)
