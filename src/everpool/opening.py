@@ -60,8 +60,6 @@ def open_pool(
 
         return Pool(without_secrets(path), join, create=create, read_only=read_only)
     folder = Path(given).absolute()
-    if "\0" in os.fspath(folder):
-        raise InvalidError(f"{path!r} is no path: it holds a NUL")
 
     def acquire(create: bool) -> Engine:
         return embedded.acquire(folder, create=create, read_only=read_only, timeout_s=timeout_s)
