@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everpool import errors
+from everpool.agent.failures import error_of
 from everpool.agent.frames import Frames, Nonsense, pack
 from everpool.agent.starting import Finder, agent_pid
 from everpool.errors import (
@@ -561,12 +561,3 @@ class Client:
 def _copy(error: EverpoolError) -> EverpoolError:
     """Return an error of one's own: it gets a traceback."""
     return type(error)(error.message, **error.facts)
-
-
-def error_of(name: str, message: str, facts: dict[str, Any]) -> EverpoolError:
-    """Return the error that an agent reported."""
-    kind = getattr(errors, name, EverpoolError)
-    if kind is CommitUnknownError:
-        id = RecordId(bytes.fromhex(facts["session"]), facts["sequence"])
-        return CommitUnknownError(message, id=id)
-    return kind(message, **facts)

@@ -23,6 +23,7 @@ from typing import Any
 
 from everpool.agent.commits import Commits, ending_the_process
 from everpool.agent.connection import Connection
+from everpool.agent.failures import leave_failure
 from everpool.agent.host import LOG, Host, folder_name
 from everpool.agent.outcomes import commit, settle
 from everpool.agent.pools import Marker, open_pool_store, read_marker
@@ -340,8 +341,7 @@ def main() -> None:
                 Server(folder, url, lock).serve()
     except EverpoolError as error:
         print(f"everpool agent: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            (folder / "agent.error").write_text(f"{type(error).__name__}\n{error}")
+        leave_failure(folder, error)
         raise SystemExit(1) from None
 
 
