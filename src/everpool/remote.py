@@ -245,9 +245,19 @@ class RemoteEngine:
 
         def open_past(create: bool) -> PastEngine:
             store = open_pool_store(self.url)
-            history = History(store, state.manifest, self.marker.start)
+            try:
+                history = History(store, state.manifest, self.marker.start)
+            except BaseException:
+                store.close()
+                raise
             return PastEngine(
-                store, history, state.pool, version, self.timeout_s, (reopen_past, place)
+                self.folder / "past",
+                store,
+                history,
+                state.pool,
+                version,
+                self.timeout_s,
+                (reopen_past, place),
             )
 
         return open_past

@@ -8,6 +8,7 @@ The folder of a pool on a host:
     agent.log       what agents said on their stderr
     start.lock      held by a client that starts an agent
     clients/PID     a process that has, or had, the pool open
+    past/           replicas of the past, each of one process (see `scratch`)
     REPLICA/        the replica: `index/`, `shared`, `values/`, `staging/`; its name is random
 
 A replica counts under the boot in which it was made, and while the log agrees with it. Otherwise

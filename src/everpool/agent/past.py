@@ -1,11 +1,10 @@
 """A pool as it was: a private replica, begun from a checkpoint and played up to a version.
 
-It lives in the process that asked for it, in a folder of its own that goes with it. It costs the
-index of names; pages and values come when they are touched, as everywhere.
+It lives in the process that asked for it, in a folder that goes with that. It costs the index of
+names; pages and values come when they are touched, as everywhere.
 """
 
-import shutil
-import tempfile
+import contextlib
 import threading
 import uuid
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from everpool import forks
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.checking import Check
 from everpool.agent.host import LOG, make_replica
+from everpool.agent.scratch import Scratch
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
@@ -97,6 +97,7 @@ class PastEngine:
 
     def __init__(
         self,
+        folder: Path,
         store: Store,
         history: History,
         pool: bytes,
@@ -104,6 +105,7 @@ class PastEngine:
         timeout_s: float,
         reopener: tuple[Callable[..., Any], tuple[Any, ...]],
     ) -> None:
+        """`folder` is where the replica gets a folder of its own."""
         self.read_only = True
         self.timeout_s = timeout_s
         self.generation = forks.generation
@@ -111,21 +113,22 @@ class PastEngine:
         self._reopener = reopener
         self._version = version
         self._store = store
-        self._folder = Path(tempfile.mkdtemp(prefix="everpool-past-"))
         try:
-            try:
-                self._open(history, pool, version)
-            finally:
-                history.close()
+            with contextlib.closing(history):
+                self._scratch = Scratch(folder)
+                try:
+                    self._open(history, pool, version)
+                except BaseException:
+                    self._scratch.remove()
+                    raise
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._store.close()
+            store.close()
             raise
 
     def _open(self, history: History, pool: bytes, version: int) -> None:
         place = history.before(version)
         name = uuid.uuid4().hex
-        path = make_replica(self._folder, name, self._store, pool, place.key)
+        path = make_replica(self._scratch.path, name, self._store, pool, place.key)
         store = self._store
         self.blocks = BlockMemories(name, lambda rows: read_pages(store, rows), threading.RLock())
         self._values = CachedValues(path, store, lambda: version, self._download)
@@ -152,7 +155,7 @@ class PastEngine:
         """Close the replica and remove its folder; views that are in use live on."""
         self.blocks.close()
         self.replica.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.remove()
         self._store.close()
 
     def reopener(self, read_only: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
