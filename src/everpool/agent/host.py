@@ -80,7 +80,10 @@ class Host:
         self._pool = pool
         # Why the log cannot be reached, as far as is known.
         self.trouble = ""
-        # Held while an entry is played or a block is published.
+        # Held by the one thread that reads the log and plays what it reads, so that each entry is
+        # read once, and played once and in order. It may wait for the network.
+        self._reading = threading.RLock()
+        # Held while one entry is played or a block is published. Taken behind `_reading`.
         self.playing = threading.RLock()
         self._downloads: dict[str, threading.Lock] = {}
         self._downloading = threading.Lock()
@@ -106,7 +109,7 @@ class Host:
 
     def close(self) -> None:
         """Close the replica; it stays for the next agent."""
-        with self.playing:
+        with self._reading, self.playing:
             self.blocks.close()
             self.replica.close()
         self.log.close()
@@ -119,7 +122,7 @@ class Host:
 
         Does not return when the log is not the one that was played: see `leave`.
         """
-        with self.playing:
+        with self._reading:
             while True:
                 items = self._asked(self._read)
                 if not items:
@@ -130,7 +133,8 @@ class Host:
                         )
                     return
                 for item in items:
-                    self._play(item)
+                    with self.playing:
+                        self._play(item)
 
     def _read(self) -> list[Appended]:
         """Return what comes next, also when it was trimmed before it was played here."""
