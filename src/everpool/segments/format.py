@@ -150,7 +150,9 @@ def _unseal(magic: bytes, key: str, data: bytes | memoryview) -> bytes | memoryv
         raise CorruptionError(f"{key} is cut short: {len(data)} bytes: restore it from a copy")
     found, version, _, key_id, checksum = _HEADER.unpack_from(data)
     if found != magic:
-        raise CorruptionError(f"{key} begins with {found!r} instead of {magic!r}")
+        raise CorruptionError(
+            f"{key} begins with {found!r} instead of {magic!r}: restore it from a copy"
+        )
     if version != FORMAT:
         raise InvalidError(f"{key} has format {version}, this version reads {FORMAT}: upgrade")
     body = data[_HEADER.size :]
