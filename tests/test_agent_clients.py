@@ -451,7 +451,8 @@ def test_ctrl_c_at_any_line_leaves_a_pool_that_works(
 
 
 def interrupt_at_every_line(host: Host, act: Callable[[Any], None]) -> None:
-    guarded = ("/remote.py", "/agent/client.py", "/commit.py")
+    link = ("/agent/client.py", "/agent/link.py", "/agent/requests.py")
+    guarded = ("/remote.py", "/commit.py", *link)
     with host.open(timeout_s=5) as pool:
         pool["x"] = 0
 
