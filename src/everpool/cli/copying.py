@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 import everpool
 from everpool.cli.boundary import FAILED, Example, add_command
@@ -18,8 +17,7 @@ from everpool.cli.terminal import (
     meter,
     print_json,
     print_line,
-    printable,
-    say,
+    say_each,
 )
 from everpool.cli.transfer import (
     BATCH_BYTES,
@@ -106,10 +104,8 @@ def _compare(
 
 
 def _print_result(result: Copied, as_json: bool) -> None:
-    for name, reason in result.left_out.items():
-        say(f"[red]left out:[/red] {escape(printable(name))}: {escape(reason)}")
-    for name, reason in result.differs.items():
-        say(f"[red]differs:[/red] {escape(printable(name))}: {escape(reason)}")
+    say_each("left out", result.left_out)
+    say_each("differs", result.differs)
     if as_json:
         print_json(asdict(result))
         return

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from rich.markup import escape
-
 import everpool
 from everpool.cli.opening import is_url
-from everpool.cli.terminal import count, human_size, print_json, print_line, printable, say
+from everpool.cli.terminal import count, human_size, print_json, print_line, printable, say_each
 from everpool.errors import CorruptionError, InvalidError, NotFoundError
 
 # How large values and memory travel: in parts of an upload, and in pieces of a download.
@@ -102,8 +100,7 @@ class Plan:
 
     def show(self, doing: str, as_json: bool) -> None:
         """Print it on stdout; `doing` is what it is a plan of."""
-        for name, reason in self._left_out.items():
-            say(f"[red]left out:[/red] {escape(printable(name))}: {escape(reason)}")
+        say_each("left out", self._left_out)
         items = [item for _, item, _ in self._rows]
         total = sum(item.bytes for item in items)
         if as_json:

@@ -28,6 +28,7 @@ from everpool.cli.terminal import (
     print_line,
     printable,
     say,
+    say_each,
 )
 from everpool.errors import InvalidError
 
@@ -66,8 +67,7 @@ def import_(
         )
     for name in result.as_bytes:
         say(f"[yellow]kept as bytes:[/yellow] {escape(printable(name))} is no plain .npy array")
-    for name, reason in result.left_out.items():
-        say(f"[yellow]left out:[/yellow] {escape(printable(name))}: {escape(reason)}")
+    say_each("left out", result.left_out, "yellow")
     if as_json:
         print_json(asdict(result))
         return
@@ -120,8 +120,7 @@ def export(
             say(plan.requests.in_words())
         with meter() as bar:
             result = export_pool(opened, folder, prefix=prefix, force=force, live=live, meter=bar)
-    for name, detail in result.damaged.items():
-        say(f"[red]damaged:[/red] {escape(printable(name))}: {escape(detail)}")
+    say_each("damaged", result.damaged)
     if as_json:
         print_json(asdict(result))
     else:
