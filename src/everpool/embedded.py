@@ -157,7 +157,7 @@ class Engine:
         if self.committer is not None and self.replica.shared.suspect:
             self.committer.recover(wait=True)  # else a power cut might take back what is told
         index = self.replica.index
-        found = decided(index, id)
+        found = decided(index, [id]).get(id)
         if found is None and self.read_only:
             raise InvalidError(
                 f"{id} is not decided yet, and a pool that is open read-only cannot settle it: "
@@ -166,7 +166,7 @@ class Engine:
         if found is None:
             fence = Record(self.replica.state().version, [], [], [], [Fence(*id)])
             self.write(fence, []).version()
-            found = decided(index, id)
+            found = decided(index, [id]).get(id)
         return forgotten(index, id) if found is None else found
 
     def past(self, version: int) -> Callable[[bool], "Engine"]:

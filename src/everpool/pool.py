@@ -186,6 +186,13 @@ class Pool(MutableMapping[str, Any]):
             raise InvalidError(f"a prefix is a str without NUL, not {prefix!r}")
         return self.engine().replica.names(prefix)
 
+    def size_of(self, name: str) -> int:
+        """Return how many bytes an object has: memory in all, a value as it is stored.
+
+        Nothing but the index is looked at. Raises `NotFoundError`.
+        """
+        return self._row(name).size
+
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Bind several names in one transaction."""
         items = dict(*args, **kwargs)

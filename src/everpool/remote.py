@@ -7,7 +7,6 @@ memory yet, go through it (see `everpool.agent.client`).
 import atexit
 import contextlib
 import os
-import re
 import sys
 import threading
 import time
@@ -49,13 +48,12 @@ from everpool.replica.index import translated
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.snapshots import snapshots_of
-from everpool.store import open_store
+from everpool.store import open_store, without_secrets
 from everpool.values import Encoded
 
 # How much longer than a commit opening may take: an agent has to start.
 _START_S = 2.0
 _LOOK_S = 0.1
-_QUERY = re.compile(r"\?.*$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None) -> Path:
@@ -67,11 +65,6 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
         return Path.home() / "Library" / "Caches" / "everpool"
     base = os.environ.get("XDG_CACHE_HOME") or os.fspath(Path.home() / ".cache")
     return Path(base) / "everpool"
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL for messages: without its query, where settings are."""
-    return _QUERY.sub("", url)
 
 
 class RemoteEngine:
@@ -264,9 +257,19 @@ class RemoteEngine:
 
         def open_past(create: bool) -> PastEngine:
             store = open_pool_store(self.url)
-            history = History(store, state.manifest, self.marker.start)
+            try:
+                history = History(store, state.manifest, self.marker.start)
+            except BaseException:
+                store.close()
+                raise
             return PastEngine(
-                store, history, state.pool, version, self.timeout_s, (reopen_past, place)
+                self.folder / "past",
+                store,
+                history,
+                state.pool,
+                version,
+                self.timeout_s,
+                (reopen_past, place),
             )
 
         return open_past

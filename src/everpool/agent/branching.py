@@ -18,14 +18,14 @@ from everpool.errors import ExistsError, NotFoundError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
 from everpool.segments.checkpoints import write_manifest, write_pages, write_runs
 from everpool.segments.format import Manifest
-from everpool.store import Store, open_store
+from everpool.store import Store, open_store, without_secrets
 
 _PAGES_AT_ONCE = 256
 
 
 def branch(past: PastEngine, parent: str, url: str, pin: Callable[[], None]) -> None:
     """Make a pool at `url` that begins as `past`, of the pool at `parent`."""
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     with contextlib.closing(open_store(url)) as store:
         with contextlib.suppress(NotFoundError):
             store.get(MARKER)

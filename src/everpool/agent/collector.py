@@ -156,7 +156,7 @@ class Collector:
         return live
 
     def _places(self, manifest: Manifest, key: str) -> list[Past]:
-        places = [*manifest.past, Past(manifest.version, manifest.time_ns, manifest.position, key)]
+        places = [*manifest.past, manifest.place(key)]
         return places if self._host.is_branch else [Past(0, 0, 0, ""), *places]
 
     def _decide(self, found: _Found, dead: list[str]) -> list[str]:

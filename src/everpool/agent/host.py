@@ -8,6 +8,7 @@ The folder of a pool on a host:
     agent.log       what agents said on their stderr
     start.lock      held by a client that starts an agent
     clients/PID     a process that has, or had, the pool open
+    past/           replicas of the past, each of one process (see `scratch`)
     REPLICA/        the replica: `index/`, `shared`, `values/`, `staging/`; its name is random
 
 A replica counts under the boot in which it was made, and while the log agrees with it. Otherwise
@@ -81,7 +82,10 @@ class Host:
         self._pool = pool
         # Why the log cannot be reached, as far as is known.
         self.trouble = ""
-        # Held while an entry is played or a block is published.
+        # Held by the one thread that reads the log and plays what it reads, so that each entry is
+        # read once, and played once and in order. It may wait for the network.
+        self._reading = threading.RLock()
+        # Held while one entry is played or a block is published. Taken behind `_reading`.
         self.playing = threading.RLock()
         self._downloads: dict[str, threading.Lock] = {}
         self._downloading = threading.Lock()
@@ -112,7 +116,7 @@ class Host:
 
     def close(self) -> None:
         """Close the replica; it stays for the next agent."""
-        with self.playing:
+        with self._reading, self.playing:
             self.blocks.close()
             self.replica.close()
         self.log.close()
@@ -125,7 +129,7 @@ class Host:
 
         Does not return when the log is not the one that was played: see `leave`.
         """
-        with self.playing:
+        with self._reading:
             while True:
                 items = self._asked(self._read)
                 if not items:
@@ -136,7 +140,8 @@ class Host:
                         )
                     return
                 for item in items:
-                    self._play(item)
+                    with self.playing:
+                        self._play(item)
 
     def _read(self) -> list[Appended]:
         """Return what comes next, also when it was trimmed before it was played here."""

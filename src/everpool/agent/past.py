@@ -1,12 +1,10 @@
 """A pool as it was: a private replica, begun from a checkpoint and played up to a version.
 
-It lives in the process that asked for it, in a folder of its own that goes with it. It costs the
-index of names; pages and values come when they are touched, as everywhere.
+It lives in the process that asked for it, in a folder that goes with that. It costs the index of
+names; pages and values come when they are touched, as everywhere.
 """
 
 import contextlib
-import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from everpool import forks
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.checking import Check
 from everpool.agent.host import LOG, make_replica
+from everpool.agent.scratch import Scratch
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
@@ -28,7 +27,7 @@ from everpool.replica.player import Player
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.segments.checkpoints import read_manifest, read_pages
-from everpool.segments.format import Manifest, Past
+from everpool.segments.format import Past
 from everpool.store import Store
 from everpool.values import Encoded
 
@@ -44,7 +43,7 @@ class History:
         self.places: list[Past] = [] if start else [Past(0, 0, 0, "")]
         if manifest:
             newest = read_manifest(store, manifest)
-            self.places += [*newest.past, _place_of(newest, manifest)]
+            self.places += [*newest.past, newest.place(manifest)]
 
     def close(self) -> None:
         """Close the log."""
@@ -92,10 +91,6 @@ class History:
         raise NotFoundError(f"the pool's newest version is {reached}: {version} is in the future")
 
 
-def _place_of(manifest: Manifest, key: str) -> Past:
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)
-
-
 class PastEngine:
     """The engine of a pool as it was at one version; nothing can be changed through it.
 
@@ -104,6 +99,7 @@ class PastEngine:
 
     def __init__(
         self,
+        folder: Path,
         store: Store,
         history: History,
         pool: bytes,
@@ -111,6 +107,7 @@ class PastEngine:
         timeout_s: float,
         reopener: tuple[Callable[..., Any], tuple[Any, ...]],
     ) -> None:
+        """`folder` is where the replica gets a folder of its own."""
         self.read_only = True
         self.timeout_s = timeout_s
         self.generation = forks.generation
@@ -118,21 +115,22 @@ class PastEngine:
         self._reopener = reopener
         self._version = version
         self._store = store
-        self._folder = Path(tempfile.mkdtemp(prefix="everpool-past-"))
         try:
-            try:
-                self._open(history, pool, version)
-            finally:
-                history.close()
+            with contextlib.closing(history):
+                self._scratch = Scratch(folder)
+                try:
+                    self._open(history, pool, version)
+                except BaseException:
+                    self._scratch.remove()
+                    raise
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._store.close()
+            store.close()
             raise
 
     def _open(self, history: History, pool: bytes, version: int) -> None:
         place = history.before(version)
         name = uuid.uuid4().hex
-        path = make_replica(self._folder, name, self._store, pool, place.key)
+        path = make_replica(self._scratch.path, name, self._store, pool, place.key)
         store = self._store
         self.blocks = BlockMemories(name, lambda rows: read_pages(store, rows), threading.RLock())
         self._values = CachedValues(path, store, lambda: version, self._download)
@@ -159,7 +157,7 @@ class PastEngine:
         """Close the replica and remove its folder; views that are in use live on."""
         self.blocks.close()
         self.replica.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.remove()
         self._store.close()
 
     def reopener(self, read_only: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -200,7 +198,7 @@ class PastEngine:
 
     def outcome(self, id: RecordId) -> tuple[str, int | None, list[bytes]]:
         """Return what had become of a record."""
-        found = decided(self.replica.index, id)
+        found = decided(self.replica.index, [id]).get(id)
         if found is None:
             raise InvalidError(f"{id} was not decided at version {self._version}: ask the pool")
         return found

@@ -19,7 +19,7 @@ from everpool.errors import (
     NotFoundError,
 )
 from everpool.replica.layout import no_pool
-from everpool.store import Data, Listed, Object, Store, open_store
+from everpool.store import Data, Listed, Object, Store, open_store, without_secrets
 
 MARKER = "everpool.json"
 _FORMAT = 1
@@ -92,13 +92,13 @@ def open_pool_store(url: str, marker: Marker | None = None) -> Store:
     store = open_store(url)
     stores = [store]
     try:
-        where = url.partition("?")[0]
+        where = without_secrets(url)
         known = read_marker(store, where) if marker is None else marker
         while known.parent:
             if len(stores) > _MOST_PARENTS:
                 raise CorruptionError(f"the branches at {where} form a circle")
             stores.append(open_store(known.parent))
-            known = read_marker(stores[-1], known.parent.partition("?")[0])
+            known = read_marker(stores[-1], without_secrets(known.parent))
     except BaseException:
         for opened in stores:
             opened.close()
