@@ -49,6 +49,7 @@ from everpool.records import (
 _BLOCK_SHIFT = 12
 _WIDE_BLOCKS = 16
 _MAX_KEY_CHARACTERS = 255
+_MAX_LOCK_CHARACTERS = 255
 
 
 class Verdict(enum.IntEnum):
@@ -165,6 +166,8 @@ class SetPin(msgspec.Struct, gc=False):
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class SetFence(msgspec.Struct, gc=False):
@@ -593,8 +596,11 @@ class Judge:
         version = operation.version or self.version
         if not 0 < version <= self.version:
             raise _Refused(Verdict.INVALID, f"snapshot {name!r} of version {version}")
+        until_ns, lock = operation.locked_until_ns, operation.lock
+        if not 0 <= until_ns < 1 << 63 or len(lock) > _MAX_LOCK_CHARACTERS:
+            raise _Refused(Verdict.INVALID, f"the lock of snapshot {name!r}")
         pins[name] = version
-        return SetPin(name, version)
+        return SetPin(name, version, until_ns, lock)
 
 
 def _is_key(key: str) -> bool:

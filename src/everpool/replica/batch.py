@@ -14,6 +14,7 @@ from everpool.replica.index import (
     Index,
     MemoryRow,
     NameRow,
+    PinRow,
     Resolved,
     State,
     TailRow,
@@ -173,8 +174,9 @@ class Batch:
             case SetCheckpoint(checkpoint, key):
                 self.state.checkpoint, self.state.manifest = checkpoint, key
                 return Resolved()
-            case SetPin(name, pinned):
-                self._index.put_pin(self.txn, name, pinned, self.time_ns)
+            case SetPin(name, pinned, until_ns, lock):
+                pin = PinRow(pinned, self.time_ns, until_ns, lock)
+                self._index.put_pin(self.txn, name, pin if pinned >= 0 else None)
                 return Resolved(0, max(pinned, 0))
             case SetFence(session, state):
                 if state is not None:
