@@ -89,7 +89,10 @@ def _steps(locks: Locks, time_ns: int | None, where: str) -> Iterator[_Step]:
             # A marker of the same second may be older: it hides nothing then, and may go as well.
             markers = [one for one in versions if one.is_marker and one.time_ns >= at.time_ns]
             covered = any(not one.is_marker for one in versions[: versions.index(at)])
-            yield _Step(key, [], at) if covered else _Step(key, markers)
+            if not covered:
+                yield _Step(key, markers)
+            elif versions[0].is_marker or versions[0].content != at.content:
+                yield _Step(key, [], at)
     if not is_pool:
         then = "" if time_ns is None else " that is old enough"
         raise NotFoundError(f"there is no version of a pool at {where}{then}: check the address")

@@ -19,7 +19,7 @@ from everpool.agent.host import LOG
 from everpool.agent.pools import MARKER, SHARED, Marker, read_marker
 from everpool.agent.values import key_of_value
 from everpool.errors import CorruptionError, NotFoundError
-from everpool.log.bucket import BucketLog
+from everpool.log.bucket.census import census, head_key
 from everpool.records import Reference, decode_entry
 from everpool.replica.index import files_in, is_page, page_in
 from everpool.segments.checkpoints import key_of_pages, read_manifest, read_runs
@@ -80,8 +80,10 @@ class Vault:
             return Hold(f"{ADVISORY}: locks of this kind of store are not known of", until_ns)
         if rule is None:
             return Hold(f"{ADVISORY}: the bucket has no object lock", until_ns)
-        head = own.hold(f"{LOG}/head", rule.mode, until_ns)
-        keys = sorted(_parts_of_log(store, manifest))
+        key = head_key(LOG)
+        version, data = own.read(key)
+        head = own.hold(key, rule.mode, until_ns, version)
+        keys = sorted(_parts_of_log(store, manifest, data))
         hold = partial(self._hold, rule.mode, until_ns)
         with ThreadPoolExecutor(PARALLEL, "everpool-lock") as threads:
             found = [head, *self._hold_markers(rule.mode, until_ns), *threads.map(hold, keys)]
@@ -116,15 +118,14 @@ def _summary(found: Sequence[Lock | None], until_ns: int) -> Hold:
     return Hold(mode, min(lock.until_ns for lock in held))
 
 
-def _parts_of_log(store: Store, manifest: str) -> set[str]:
-    """Return the keys of what a checkpoint is made of, and of what the log needs now."""
+def _parts_of_log(store: Store, manifest: str, head: bytes) -> set[str]:
+    """Return the keys of what a checkpoint is made of, and of all that the log's head needs."""
     keys = _parts_of(store, manifest)
-    with contextlib.closing(BucketLog(store, LOG)) as log:
-        keys.update(key for key in log.objects() if key != f"{LOG}/head")
-        end = log.end()
-        if (start := end.start.decode()) not in ("", manifest):
+    with census(store, LOG, head) as log:
+        keys.update(log.objects)
+        if (start := log.start.decode()) not in ("", manifest):
             keys |= _parts_of(store, start)
-        for item in log.history(end.trimmed):
+        for item in log.entries:
             for record in decode_entry(item.entry).records:
                 payloads = (getattr(one, "payload", None) for one in record.operations)
                 keys.update(key_of_value(one.file) for one in payloads if type(one) is Reference)

@@ -56,11 +56,15 @@ class Lock(NamedTuple):
 
 
 class Version(NamedTuple):
-    """One version of an object, or a delete marker. The store's clock often has whole seconds."""
+    """One version of an object, or a delete marker. The store's clock often has whole seconds.
+
+    What has the same `content` is the same; what has another one mostly is not.
+    """
 
     key: str
     id: str
     time_ns: int
+    content: str
     is_latest: bool
     is_marker: bool
 
@@ -132,13 +136,26 @@ class Locks:
         seconds = int(default.get("Days", 0)) * _DAY_S + int(default.get("Years", 0)) * _YEAR_S
         return Rule(_mode(default.get("Mode", "")) or COMPLIANCE, seconds)
 
-    def hold(self, key: str, mode: str, until_ns: int) -> Lock | None:
-        """Have the newest version of an object locked at least until then, and see that it is.
+    def read(self, key: str) -> tuple[str, bytes]:
+        """Return the id of an object's newest version, and its bytes."""
+        check_key(key)
+
+        def call() -> tuple[str, bytes]:
+            found = self._client.get_object(Bucket=self._bucket, Key=self._root + key)
+            return found.get("VersionId", "null"), found["Body"].read()
+
+        return self._do("get", key, call)
+
+    def hold(
+        self, key: str, mode: str, until_ns: int, version: str | None = None
+    ) -> Lock | None:
+        """Have a version of an object, else the newest, locked at least until then, and see that
+        it is.
 
         One that is locked keeps its mode. Returns the lock that the store tells of afterwards,
         which ends earlier, or is None, where the store refuses; raises `NotFoundError`.
         """
-        version, known = self._look(key, None)
+        version, known = self._look(key, version)
         now_ns = int(datetime.datetime.now(datetime.UTC).timestamp() * 1e9)
         if known is not None and known.until_ns >= until_ns:
             return known
@@ -191,8 +208,9 @@ class Locks:
             some.sort(key=_order)
             for one, is_marker in some:
                 key = str(one["Key"])[len(self._root) :]
+                content = f"{one.get('Size')} {one.get('ETag')}"
                 latest = bool(one["IsLatest"])
-                yield Version(key, str(one["VersionId"]), _time(one), latest, is_marker)
+                yield Version(key, str(one["VersionId"]), _time(one), content, latest, is_marker)
 
     def remove_marker(self, marker: Version) -> None:
         """Remove a delete marker, for what it hides to be seen again."""

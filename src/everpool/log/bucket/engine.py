@@ -473,13 +473,6 @@ class BucketLog:
         head = self._refresh().head
         yield from self._archive.history(head, after, _FOREVER if last is None else last)
 
-    def objects(self) -> list[str]:
-        """Return the keys of all objects that the log needs, without what was trimmed."""
-        self._check_open()
-        head = self._refresh().head
-        keys = [HEAD_KEY, *self._archive.keys(head, head.trimmed)]
-        return [f"{self._prefix}/{key}" for key in keys]
-
     def read(self, after: int, limit_bytes: int = 1 << 20) -> list[Appended]:
         """Return the entries behind `after` that this log has heard of; see `Log.read`.
 
