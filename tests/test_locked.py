@@ -1,5 +1,6 @@
 """Locked snapshots, on a real S3 server with object lock: what is held cannot be destroyed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,7 +24,9 @@ from everpool import (
     UnavailableError,
 )
 from everpool.records import Pin
+from everpool.store import open_store
 from everpool.store.locks import Locks, open_locks
+from everpool.store.objects import ObjectStore
 from support.agents import end_agents
 from support.cli import out_of, run
 from support.locked import Attack, client_of, make_bucket
@@ -284,6 +287,27 @@ def test_what_was_overwritten_comes_back_also_for_hosts_that_were_there(
         assert len(list(pool.names("old/"))) == len(list(pool.names("new/"))) == 100
 
 
+def test_heads_of_what_was_destroyed_are_passed_over_by_the_time_of_the_snapshot(
+    server: Server, url: str, tmp_path: Path
+) -> None:
+    with everpool.open(url) as pool:
+        fill(pool)
+        made = pool.snapshot("safe", locked=timedelta(hours=1))
+        time.sleep(1.1)
+        ruin(pool)
+        pool.checkpoint()
+    end_agents(tmp_path)
+    attack = Attack(server, url)
+    attack.destroy(spare="log/head")
+    attack.delete()
+    everpool.undelete(url)
+    with pytest.raises(everpool.EverpoolError):
+        everpool.open(url, create=False, cache_dir=tmp_path / "new", timeout_s=5)
+    everpool.undelete(url, made.time)
+    with everpool.open(url, create=False, cache_dir=tmp_path / "newer") as pool:
+        assert is_filled(pool) and pool.verify().ok
+
+
 def test_a_pool_that_was_made_in_its_place_gives_way(
     server: Server, url: str, tmp_path: Path
 ) -> None:
@@ -446,6 +470,24 @@ def test_more_versions_than_one_answer_has_are_all_seen(server: Server, plain: s
     found = list(locks.versions())
     assert len({version.id for version in found}) == len(found) == 1050
     assert [one.is_latest for one in found] == [True] + [False] * 1049
+
+
+def test_a_bucket_that_wants_checksums_gets_them(server: Server) -> None:
+    url = server.make_url()
+    with contextlib.closing(open_store(f"{url}?checksum_algorithm=sha256")) as store:
+        store.put("small", b"x")
+        store.put_pieces("large", [bytes(5 << 20)] * 4, 20 << 20)
+    client, (bucket, folder) = client_of(server), url.removeprefix("s3://").split("/")
+    for key in ("small", "large"):
+        told = client.head_object(Bucket=bucket, Key=f"{folder}/{key}", ChecksumMode="ENABLED")
+        assert told["ChecksumSHA256"]
+    refusal = Exception(
+        "status code: 400 <Code>InvalidRequest</Code> Content-MD5 OR x-amz-checksum- HTTP header "
+        "is required for Put Object requests with Object Lock parameters"
+    )
+    with contextlib.closing(open_store(url)) as plain:
+        assert isinstance(plain, ObjectStore)
+        assert "AWS_CHECKSUM_ALGORITHM" in str(plain._translated("put", "a", refusal))
 
 
 def test_a_pin_of_before_locks_is_read(tmp_path: Path) -> None:

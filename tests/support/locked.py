@@ -63,11 +63,13 @@ class Attack:
         pages = self.client.get_paginator("list_objects_v2").paginate(**self._at)
         return [one["Key"] for page in pages for one in page.get("Contents", [])]
 
-    def destroy(self, *, bypass: bool = True) -> None:
-        """Delete for good whatever is not kept from it."""
+    def destroy(self, *, bypass: bool = True, spare: str = "nothing") -> None:
+        """Delete for good whatever is not kept from it, but keys that end with `spare`."""
         from botocore.exceptions import ClientError
 
         for one in self.versions():
+            if one["Key"].endswith(spare):
+                continue
             with contextlib.suppress(ClientError):
                 self.client.delete_object(
                     Bucket=self._at["Bucket"],
