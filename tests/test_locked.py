@@ -23,7 +23,6 @@ from everpool import (
     NotFoundError,
     UnavailableError,
 )
-from everpool.records import Pin
 from everpool.store import open_store
 from everpool.store.locks import Locks, open_locks
 from everpool.store.objects import ObjectStore
@@ -144,6 +143,7 @@ def test_what_is_locked_cannot_be_destroyed_and_comes_back(
     assert done.shown > 5 and done.replaced == done.hidden == 0
     for host in ("host", "new host"):
         with everpool.open(url, create=False, cache_dir=tmp_path / host) as pool:
+            assert pool.snapshots() == [made]
             with pool.at("safe") as then:
                 assert is_filled(then) and then.verify().ok
             if host == "host":
@@ -343,6 +343,17 @@ def test_a_moment_before_the_pool_brings_nothing_back(url: str) -> None:
             everpool.undelete(store)
 
 
+def test_a_bucket_without_versions_is_left_alone(server: Server) -> None:
+    url = server.make_url()
+    with everpool.open(url) as pool:
+        fill(pool)
+    before = Attack(server, url).seen()
+    for moment in (None, datetime(2001, 1, 1), datetime.now(UTC)):
+        with pytest.raises(InvalidError, match="keeps no versions"):
+            everpool.undelete(url, moment)
+    assert Attack(server, url).seen() == before
+
+
 # What is advisory
 
 
@@ -488,13 +499,6 @@ def test_a_bucket_that_wants_checksums_gets_them(server: Server) -> None:
     with contextlib.closing(open_store(url)) as plain:
         assert isinstance(plain, ObjectStore)
         assert "AWS_CHECKSUM_ALGORITHM" in str(plain._translated("put", "a", refusal))
-
-
-def test_a_pin_of_before_locks_is_read(tmp_path: Path) -> None:
-    import msgspec
-
-    old = msgspec.msgpack.encode([9, "name", 7])
-    assert msgspec.msgpack.decode(old, type=Pin) == Pin("name", 7, 0, "")
 
 
 # The commands

@@ -40,7 +40,8 @@ class _Step(NamedTuple):
 def undelete(url: str, to: datetime | None = None, *, dry_run: bool = False) -> Undeleted:
     """Bring back what was deleted from the bucket of the pool at `url`.
 
-    Without `to`, what is hidden by deletes is shown again, and nothing else is changed. With it,
+    Without `to`, what is hidden by deletes is shown again, garbage that Everpool itself had deleted
+    included, which does no harm, and nothing else is changed. With it,
     the pool's whole folder becomes what it was then, to the second: what was overwritten since is
     put back, and what was added since is hidden, commits included. A naive `to` is local.
 
@@ -58,6 +59,11 @@ def undelete(url: str, to: datetime | None = None, *, dry_run: bool = False) -> 
             "going back in time"
         )
     with contextlib.closing(locks):
+        if not locks.keeps_versions():
+            raise InvalidError(
+                f"the bucket of {where} keeps no versions, so what was deleted there is gone: "
+                "bring it back from a copy"
+            )
         time_ns = None if to is None else int(to.timestamp() * 1e9)
         steps = list(_steps(locks, time_ns, where))
         if not dry_run:

@@ -21,7 +21,7 @@ from everpool.agent.branching import branch
 from everpool.agent.checking import Check
 from everpool.agent.client import Client, Greeting, Request
 from everpool.agent.host import folder_name
-from everpool.agent.locking import Vault
+from everpool.agent.locking import ADVISORY, Vault
 from everpool.agent.past import History, PastEngine
 from everpool.agent.pools import Marker, create_marker, open_pool_store, read_marker
 from everpool.agent.values import CachedValues
@@ -295,6 +295,10 @@ class RemoteEngine:
                 raise
             pin = Pin(name, state.checkpoint, held.until_ns, held.lock)
             self._commit(Unpin(name), pin)
+            if not held.lock.startswith(ADVISORY):
+                # It is held by now; the head that says so would be worth holding, too.
+                with contextlib.suppress(EverpoolError):
+                    vault.hold(self._store, state.manifest, period_s, begun_ns)
 
     def _checkpoint_now(self) -> None:
         """Make a checkpoint of all that was committed before, or see that somebody else did."""

@@ -1,10 +1,10 @@
 """A real S3 server whose buckets lock, and somebody who has the pool's credentials and means harm.
 
-    bucket = make_bucket(server, "governance", days=1)
-    attack = Attack(bucket)
-    attack.destroy()                  # each version, by its id, also against governance
-    attack.delete()                   # plain deletes, as of any S3 tool
-    attack.overwrite()
+bucket = make_bucket(server, "governance", days=1)
+attack = Attack(bucket)
+attack.destroy()                  # each version, by its id, also against governance
+attack.delete()                   # plain deletes, as of any S3 tool
+attack.overwrite()
 """
 
 import contextlib

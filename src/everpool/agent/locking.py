@@ -1,11 +1,13 @@
 """Locked snapshots: the bucket itself keeps what they need from being deleted.
 
     make a checkpoint, and pin its version: from here on no collection takes its parts
-    lock the log's head, and then what the log behind the checkpoint is made of
-    lock what the checkpoint is made of, and see that it is
+    read the log's head, and lock what the checkpoint and that head are made of
+    lock that version of the head, and see of everything that it is locked
     pin it again, with what came of that
+    lock the head that says so, in the same way
 
-Whoever dies in between leaves a snapshot that is not locked.
+Whoever dies in between leaves a snapshot that is not locked. A head that is locked is one to which
+everything is there.
 """
 
 import contextlib
@@ -45,6 +47,7 @@ class Vault:
     def __init__(self, url: str, marker: Marker) -> None:
         """Raises `InvalidError` when a package for it is not installed."""
         self._members: list[Locks | None] = []
+        self._held: dict[str, Lock | None] = {}
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as undoing:
             undoing.callback(self.close)
@@ -69,6 +72,7 @@ class Vault:
         """Lock all that a checkpoint, and the log behind it, need; returns what came of it.
 
         It is to be held for a period, by default that of the bucket, after everything was begun.
+        Called again, it locks what the log needs by then.
         """
         own = self._members[0]
         rule = None if own is None else own.rule()
@@ -80,14 +84,14 @@ class Vault:
             return Hold(f"{ADVISORY}: locks of this kind of store are not known of", until_ns)
         if rule is None:
             return Hold(f"{ADVISORY}: the bucket has no object lock", until_ns)
-        key = head_key(LOG)
-        version, data = own.read(key)
-        head = own.hold(key, rule.mode, until_ns, version)
-        keys = sorted(_parts_of_log(store, manifest, data))
+        version, data = own.read(head_key(LOG))
+        keys = sorted(_parts_of_log(store, manifest, data) - self._held.keys())
         hold = partial(self._hold, rule.mode, until_ns)
         with ThreadPoolExecutor(PARALLEL, "everpool-lock") as threads:
-            found = [head, *self._hold_markers(rule.mode, until_ns), *threads.map(hold, keys)]
-        return _summary(found, until_ns)
+            self._held.update(zip(keys, threads.map(hold, keys), strict=True))
+        head = own.hold(head_key(LOG), rule.mode, until_ns, version)
+        markers = self._hold_markers(rule.mode, until_ns)
+        return _summary([head, *markers, *self._held.values()], until_ns)
 
     def _hold_markers(self, mode: str, until_ns: int) -> Iterator[Lock | None]:
         for member in self._members:

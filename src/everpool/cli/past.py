@@ -30,6 +30,10 @@ def register(app: typer.Typer) -> None:
 _SNAPSHOT_EXAMPLES = (
     _BEGIN,
     Example("name what is there now", f"everpool snapshot {_CLOUD} before-cleanup"),
+    Example(
+        "keep it from being deleted, by the bucket itself where that can lock",
+        f"everpool snapshot {_CLOUD} month-end --locked --for-days 30",
+    ),
 )
 
 

@@ -12,7 +12,7 @@ row's key, so that neither a damaged nor a misplaced row is taken for a sound on
     "4" object id (8, big-endian)     version (8), size (8), name: memory
     "5" session                       MessagePack, `SessionState`
     "6"                               MessagePack, `State`
-    "7"                               MessagePack, snapshots: name to version and time
+    "7"                               MessagePack, snapshots: name to `PinRow`
 
 All of it is one B-tree, and what every commit changes stands at its end, so that a small commit
 changes few pages.

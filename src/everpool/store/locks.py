@@ -146,9 +146,7 @@ class Locks:
 
         return self._do("get", key, call)
 
-    def hold(
-        self, key: str, mode: str, until_ns: int, version: str | None = None
-    ) -> Lock | None:
+    def hold(self, key: str, mode: str, until_ns: int, version: str | None = None) -> Lock | None:
         """Have a version of an object, else the newest, locked at least until then, and see that
         it is.
 
@@ -190,6 +188,15 @@ class Locks:
         return found.get("VersionId", "null"), lock
 
     # Versions
+
+    def keeps_versions(self) -> bool:
+        """Whether a delete in this bucket hides an object, and does not destroy it."""
+        found = self._do(
+            "see the versioning of",
+            "",
+            lambda: self._client.get_bucket_versioning(Bucket=self._bucket),
+        )
+        return found.get("Status") == "Enabled"
 
     def versions(self) -> Iterator[Version]:
         """Yield all versions and markers, each key's together and newest first.
@@ -235,7 +242,7 @@ class Locks:
         )
 
     def hide(self, key: str) -> None:
-        """Delete an object, of which the versions stay."""
+        """Delete an object, of which the versions stay where they are kept."""
         self._do(
             "delete",
             key,
@@ -244,23 +251,24 @@ class Locks:
 
     def _do(self, what: str, key: str, call: Callable[[], T]) -> T:
         """Call botocore, and raise our errors instead of its own."""
+        words = f"cannot {what} {key!r} in {self._where}" if key else f"cannot {what} {self._where}"
         try:
             return call()
         except self._errors.ClientError as error:
             told = error.response
         except (self._errors.HTTPClientError, self._errors.ConnectionError) as error:
             raise UnavailableError(
-                f"cannot {what} {key!r} in {self._where} now ({type(error).__name__}): see that "
-                "the endpoint is up and can be reached"
+                f"{words} now ({type(error).__name__}): see that the endpoint is up and can be "
+                "reached"
             ) from None
         except self._errors.BotoCoreError as error:
             raise InvalidError(
-                f"cannot {what} {key!r} in {self._where} ({type(error).__name__}): check the "
-                "credentials, the region and the endpoint"
+                f"{words} ({type(error).__name__}): check the credentials, the region and the "
+                "endpoint"
             ) from None
         status = int(told.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(told.get("Error", {}).get("Code", ""))
-        words = f"cannot {what} {key!r} in {self._where} ({status} {code})"
+        words = f"{words} ({status} {code})"
         facts: dict[str, Any] = {"key": key, "status": status, "code": code}
         if code == "NoSuchBucket":
             raise InvalidError(f"{words}: create the bucket first", **facts)
