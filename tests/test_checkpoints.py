@@ -228,6 +228,6 @@ def test_nonsense_is_never_decoded(data: st.DataObject) -> None:
 def test_pages_are_read_in_any_order() -> None:
     store = MemoryStore()
     pages = [bytes([number]) * (1000 + number) for number in range(40)]
-    rows = [page.row() for page in write_pages(store, pages)]
+    rows = [page.row() for page in write_pages(store, 0, pages)]
     order = random.Random(1).sample(range(40), 40)
     assert read_pages(store, [rows[at] for at in order]) == [pages[at] for at in order]

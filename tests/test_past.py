@@ -13,8 +13,7 @@ import pytest
 import everpool
 from everpool import ConflictError, ExistsError, InvalidError, NotFoundError
 from support.agents import end_agents
-
-_PLACES = [0, 100, 1 << 20, 1 << 29]
+from support.pictures import change, picture
 
 
 @pytest.fixture
@@ -27,45 +26,6 @@ def url(tmp_path: Path) -> Iterator[str]:
 def pool(url: str, tmp_path: Path) -> Iterator[Any]:
     with everpool.open(url, cache_dir=tmp_path / "host") as pool:
         yield pool
-
-
-def picture(pool: Any) -> dict[str, Any]:
-    """Return what can be seen of a pool, as plain data."""
-    return {name: plain(pool[name]) for name in pool}
-
-
-def plain(found: Any) -> Any:
-    if isinstance(found, everpool.Memory):
-        return "memory", found.size, [found.read(place, 60) for place in _PLACES]
-    if isinstance(found, everpool.Array):
-        return "array", found[...].tolist()
-    if isinstance(found, np.ndarray):
-        return "value", len(found), found[:5].tolist()
-    return found
-
-
-def change(pool: Any, choose: random.Random) -> None:
-    """Do something at random."""
-    kind, name, memory = choose.random(), f"n/{choose.randrange(20)}", f"m/{choose.randrange(3)}"
-    if kind < 0.3:
-        pool[name] = choose.randrange(1000)
-    elif kind < 0.4:
-        pool[name] = np.arange(choose.randrange(9000, 12000))
-    elif kind < 0.5:
-        pool.pop(name, None)
-    elif kind < 0.6:
-        pool.pop(memory, None)
-        pool.allocate(memory, 1 << 30)
-    elif kind < 0.7:
-        if "array" not in pool:
-            pool.allocate_array("array", 50, "i8")
-        pool.array("array")[choose.randrange(50)] = choose.randrange(100)
-    elif memory in pool:
-        place = choose.choice(_PLACES)
-        if kind < 0.85:
-            pool.memory(memory).write(place, choose.randbytes(30))
-        else:
-            pool.memory(memory).fetch_add(place, choose.randrange(50))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -18,10 +18,13 @@ def decide(*operations: Pin | Unpin) -> Decision:
     return decision
 
 
-def test_a_lock_comes_with_the_snapshot_and_takes_the_place_of_none() -> None:
-    decision = decide(Pin("a", 0), Unpin("a"), Pin("a", 1, 5, "compliance"))
+def test_a_lock_comes_to_a_snapshot_of_the_same_version() -> None:
+    decision = decide(Pin("a", 1), Pin("a", 1, 5, "compliance"))
     assert decision.verdict is Verdict.COMMITTED
     assert decision.effects[-1] == SetPin("a", 1, 5, "compliance")
+    assert decide(Pin("a", 1), Pin("a", 1)).verdict is Verdict.EXISTS
+    assert decide(Pin("a", 1), Pin("a", 2, 5, "governance")).verdict is Verdict.EXISTS
+    assert decide(Pin("a", 1, 5, "governance"), Unpin("a")).verdict is Verdict.COMMITTED
 
 
 @pytest.mark.parametrize("until_ns, lock", [(-1, ""), (1 << 63, ""), (0, "x" * 256)])

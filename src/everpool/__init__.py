@@ -16,7 +16,7 @@ from everpool.opening import open_pool as open
 from everpool.pool import Outcome, Pool
 from everpool.records import RecordId
 from everpool.recovery import undelete
-from everpool.snapshots import Snapshot
+from everpool.snapshots import Collected, Retention, Snapshot
 from everpool.transaction import Transaction
 from everpool.watch import Change, Watch
 
@@ -26,6 +26,7 @@ __all__ = [
     "Array",
     "Change",
     "ClosedError",
+    "Collected",
     "CommitUnknownError",
     "ConflictError",
     "CorruptionError",
@@ -37,6 +38,7 @@ __all__ = [
     "Outcome",
     "Pool",
     "RecordId",
+    "Retention",
     "Snapshot",
     "Transaction",
     "UnavailableError",

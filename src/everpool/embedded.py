@@ -193,6 +193,12 @@ class Engine:
         self.flush()
         return self.replica.version()
 
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Refuse: a pool at a path keeps no past."""
+        raise _no_past()
+
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
         replica = self.replica

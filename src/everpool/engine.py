@@ -92,6 +92,12 @@ class Engine(Protocol):
         """Make a checkpoint now; returns its version."""
         ...
 
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Delete what nothing needs from where the past lies; returns what was done."""
+        ...
+
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
         ...

@@ -31,7 +31,17 @@ from everpool.replica.bulk import Staged
 from everpool.replica.index import BODY, INLINE, MEMORY, NameRow
 from everpool.replica.replica import MOST_KEPT, Replica
 from everpool.replica.verify import Report
-from everpool.snapshots import Snapshot, check_unlocked, restoring, snapshots_of, version_of
+from everpool.snapshots import (
+    Collected,
+    Retention,
+    Snapshot,
+    check_unlocked,
+    restoring,
+    retaining,
+    retention_of,
+    snapshots_of,
+    version_of,
+)
 from everpool.transaction import Transaction, check_size
 from everpool.watch import Watch
 
@@ -436,6 +446,35 @@ class Pool(MutableMapping[str, Any]):
         """
         self.writing_engine()
         return self.engine().checkpoint()
+
+    @property
+    def retention(self) -> Retention:
+        """How long versions are kept; 7 days and 16,384 versions unless `retain` changed it."""
+        return retention_of(self.engine())
+
+    def retain(self, age: timedelta | None = None, versions: int | None = None) -> Retention:
+        """Say how long versions are kept: while younger than `age`, or among the newest `versions`.
+
+        What is left out stays as it is. Whatever a version needs stays in the store as long as it
+        is kept, and those of snapshots are kept until `forget_snapshot`. What was collected does
+        not come back. Raises `InvalidError` for less than nothing.
+        """
+        self.writing_engine()
+        self._commit(retaining(self.retention, age, versions))
+        return self.retention
+
+    def collect(
+        self, dry_run: bool = False, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> Collected:
+        """Delete from the store what no version needs that is kept.
+
+        This also happens by itself, about once an hour while something is committed. With
+        `dry_run`, nothing is changed, and what is returned is what would be. `progress` is
+        called now and then with what was `listed` and `deleted` so far.
+        """
+        self.writing_engine()
+        told = self.engine().collect(dry_run, progress)
+        return Collected(**{name: told[name] for name in Collected._fields})
 
     # Used by transactions
 

@@ -57,6 +57,7 @@ from everpool.values import Encoded
 _START_S = 2.0
 _CHECKPOINT_TRIES = 5
 _CHECKPOINT_PAUSE_S = 0.2
+_LOOK_S = 0.1
 _QUERY = re.compile(r"\?.*$")
 
 
@@ -203,7 +204,10 @@ class RemoteEngine:
         return [(offset, size) for offset, size in self._ask("extents", id)]
 
     def _fetch_value(self, reference: Reference) -> None:
-        self._ask("value", reference.file, reference.size, reference.checksum)
+        try:
+            self._ask("value", reference.file, reference.size, reference.checksum)
+        except NotFoundError as error:
+            raise FileNotFoundError(error.message) from error
 
     def stage(self, encoded: Encoded) -> Staged:
         """Upload a large value, for a record to name."""
@@ -249,6 +253,14 @@ class RemoteEngine:
         state = self.replica.state()
         if not 0 <= version <= state.version:
             raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
+        if not state.horizon.keeps(version, (one.version for one in snapshots_of(self))):
+            kept = state.horizon.kept
+            elsewhere = ", or is in the pool that this one branched from" * bool(self.marker.parent)
+            raise InvalidError(
+                f"version {version} was collected{elsewhere}: versions from {kept} on are kept, "
+                "and those of snapshots; `pool.retain` says for how long",
+                kept=kept,
+            )
         from everpool.opening import reopen_past
 
         place = (self.url, version, self.timeout_s, os.fspath(self._cache))
@@ -293,8 +305,7 @@ class RemoteEngine:
                 with contextlib.suppress(EverpoolError):
                     self._commit(Unpin(name))
                 raise
-            pin = Pin(name, state.checkpoint, held.until_ns, held.lock)
-            self._commit(Unpin(name), pin)
+            self._commit(Pin(name, state.checkpoint, held.until_ns, held.lock))
             if not held.lock.startswith(ADVISORY):
                 # It is held by now; the head that says so would be worth holding, too.
                 with contextlib.suppress(EverpoolError):
@@ -331,6 +342,18 @@ class RemoteEngine:
         """Make a checkpoint now; returns its version."""
         return self._ask("checkpoint")
 
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Delete what nothing needs from the store; returns what was done."""
+        told = self._ask("collect", True, dry_run)
+        while not told["done"]:
+            if progress is not None:
+                progress(told)
+            time.sleep(_LOOK_S)
+            told = self._ask("collect", False, dry_run)
+        return told
+
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and the host's replica of it."""
         told = self._ask("stats")
@@ -347,6 +370,7 @@ class RemoteEngine:
             "position": told["position"],
             "floor": state.floor,
             "checkpoint": state.flushed,
+            "kept": state.horizon.kept,
             "tail_bytes": state.tail_bytes,
             "agent": told["agent"],
             "clients": told["clients"],

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from everpool.errors import InvalidError, NotFoundError
 from everpool.memory import INLINE_STORE_BYTES
-from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, Write
+from everpool.records import (
+    Allocate,
+    Delete,
+    Operation,
+    Payload,
+    Put,
+    Record,
+    Restore,
+    Retain,
+    Write,
+)
 from everpool.replica.bulk import Staged
 from everpool.replica.index import BULK, INLINE, MEMORY, NameRow
 
@@ -29,6 +39,44 @@ class Snapshot(NamedTuple):
     time: datetime.datetime
     lock: str = ""
     locked_until: datetime.datetime | None = None
+
+
+class Retention(NamedTuple):
+    """How long versions are kept: while younger than `age`, or among the newest `versions`."""
+
+    age: datetime.timedelta
+    versions: int
+
+
+class Collected(NamedTuple):
+    """What a collection came to, in objects and their bytes.
+
+    Versions from `kept` on can be looked at, and those of snapshots. `deleted` objects are gone, or
+    would be; `dead` ones were found that nothing needs now, and go when what is kept no longer
+    reaches back to them.
+    """
+
+    kept: int
+    dead: int
+    dead_bytes: int
+    deleted: int
+    deleted_bytes: int
+
+
+def retention_of(engine: "Engine") -> Retention:
+    """Return how long versions are kept."""
+    horizon = engine.replica.state().horizon
+    return Retention(datetime.timedelta(microseconds=horizon.age_ns // 1000), horizon.versions)
+
+
+def retaining(now: Retention, age: datetime.timedelta | None, versions: int | None) -> Retain:
+    """Return the operation that changes how long versions are kept; None changes nothing."""
+    age = now.age if age is None else age
+    versions = now.versions if versions is None else versions
+    age_us = age // datetime.timedelta(microseconds=1)
+    if age_us < 0 or type(versions) is not int or not 0 <= versions < 1 << 63:
+        raise InvalidError(f"{age}, {versions} versions: neither can be less than nothing")
+    return Retain(age_us * 1000, versions)
 
 
 def snapshots_of(engine: "Engine") -> list[Snapshot]:
@@ -112,6 +160,8 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
             if current is not None and current.kind == MEMORY:
                 operations.append(Delete(name))
             operations.append(Put(name, _payload(wanted)))
+    if operations:
+        operations.insert(0, Restore(then.replica.version()))
     memory = [row for name in names if (row := now.replica.find(name).row) and row.kind == MEMORY]
     ranges = [(row.id, 0, row.size) for row in memory]
     return Record(version, list(names), [""], ranges, operations), staged

@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from msgspec.structs import replace
+
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
 from everpool.agent.values import CachedValues
@@ -87,6 +89,11 @@ class Host:
         self._session = b""
         self._results: dict[RecordId, Result] = {}
         self._open_newest()
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether the pool began with a version of another one."""
+        return bool(self._start)
 
     @property
     def name(self) -> str:
@@ -264,6 +271,19 @@ class Host:
 
     # What clients ask for
 
+    def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
+        """Bring blocks of memory in; see `BlockMemories.fill`."""
+        try:
+            self.blocks.fill(id, ranges)
+        except CorruptionError:
+            # Pages of an old checkpoint may have been collected.
+            before = self._flushed
+            self.sync()
+            self.adopt()
+            if self._flushed == before:
+                raise
+            self.blocks.fill(id, ranges)
+
     def download(self, reference: Reference) -> None:
         """Bring a large value into the cache, once for all who ask."""
         with self._downloading:
@@ -421,6 +441,11 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
+            # What the parent has let go of, and its objects, are the parent's business.
+            version = manifest.version
+            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
+            for key in [key for key, _, _ in index.garbage(txn)]:
+                index.drop_garbage(txn, key)
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version

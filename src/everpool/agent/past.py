@@ -4,6 +4,7 @@ It lives in the process that asked for it, in a folder of its own that goes with
 index of names; pages and values come when they are touched, as everywhere.
 """
 
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -64,10 +65,12 @@ class History:
         found = [place for place in self.places if place.time_ns <= time_ns]
         place = found[-1] if found else self.places[0]
         version = place.version
-        for item in self._log.history(place.position):
-            if item.time_ns > time_ns:
-                break
-            version += len(decode_entry(item.entry).records)
+        # What was collected cannot be looked at, wherever in there the time is.
+        with contextlib.suppress(NotFoundError):
+            for item in self._log.history(place.position):
+                if item.time_ns > time_ns:
+                    break
+                version += len(decode_entry(item.entry).records)
         return version
 
     def play(self, player: Player, blocks: BlockMemories, place: Past, version: int) -> None:
@@ -220,6 +223,12 @@ class PastEngine:
 
     def checkpoint(self) -> int:
         """Refuse: the past does not change."""
+        raise self._refusal()
+
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Refuse: ask the pool of today."""
         raise self._refusal()
 
     def stats(self) -> dict[str, Any]:

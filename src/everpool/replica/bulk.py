@@ -170,6 +170,11 @@ class BulkFiles:
             os.close(descriptor)
 
 
+def key_of_value(file: str) -> str:
+    """Return the key of the segment that holds a value, in a store."""
+    return f"values/{file}"
+
+
 def map_file(descriptor: int, reference: Reference) -> mmap.mmap:
     """Map a bulk file; raises `CorruptionError` when its length or its footer is wrong."""
     length = os.fstat(descriptor).st_size

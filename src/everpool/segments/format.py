@@ -1,6 +1,7 @@
 """The bytes of a checkpoint's objects. None of them ever changes.
 
-A *manifest* (`checkpoints/VERSION-RANDOM`) and a *run* (`index/RANDOM`) look alike (integers are
+A *name* is 32 hexadecimal digits: the version at which the upload began, and 8 random bytes. A
+*manifest* (`checkpoints/VERSION-NAME`) and a *run* (`index/NAME`) look alike (integers are
 little-endian):
 
     offset size
@@ -14,7 +15,7 @@ little-endian):
 A run holds rows of the replica's index in the order of their keys; a row of nil says that there is
 none. Later runs of a manifest count over earlier ones.
 
-A *page segment* (`pages/RANDOM`) is nothing but pages: blocks of memory, one behind the other. An
+A *page segment* (`pages/NAME`) is nothing but pages: blocks of memory, one behind the other. An
 index row says where a page is (36 bytes):
 
     0   16  the segment: its name is `pages/` and these bytes in hexadecimal digits
@@ -23,8 +24,8 @@ index row says where a page is (36 bytes):
     28   8  XXH3-64 of the page
 """
 
+import os
 import struct
-import uuid
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -94,9 +95,9 @@ def read_page_row(row: bytes) -> Page:
     return Page(segment.hex(), offset, length, checksum)
 
 
-def new_name() -> str:
-    """Return a name for a new segment."""
-    return uuid.uuid4().hex
+def new_name(began: int) -> str:
+    """Return a name for a new object, whose upload begins at version `began`."""
+    return f"{began:016x}{os.urandom(8).hex()}"
 
 
 _encode = msgspec.msgpack.Encoder().encode

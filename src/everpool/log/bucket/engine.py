@@ -37,10 +37,9 @@ from everpool.log.bucket.format import (
     Head,
     Stored,
     decode_head,
-    entry_key,
 )
 from everpool.log.bucket.turns import Turns
-from everpool.store import Store, check_key
+from everpool.store import Listed, Store, check_key
 
 _FOREVER = 1 << 62
 _MOST_WAITING = 1024
@@ -83,10 +82,17 @@ class _Waiter:
 
 class _Append(_Waiter):
     def __init__(
-        self, id: bytes, arrived: float, deadline: float, stored: Stored, expected: int | None
+        self,
+        id: bytes,
+        arrived: float,
+        deadline: float,
+        stored: Stored,
+        data: bytes,
+        expected: int | None,
     ) -> None:
         super().__init__(id, arrived, deadline)
         self.stored = stored
+        self.data = data
         self.expected = expected
 
     def place(self, draft: Draft) -> bool | None:
@@ -183,9 +189,11 @@ class BucketLog:
             id = self._chance.randbytes(16)
         stored = Stored(id, self._writer, 0, len(data), data)
         if len(data) > self._head_bytes // 2:
-            self._store.put(f"{self._prefix}/{entry_key(id)}", data)
-            stored = stored._replace(data=None, hash=xxh3_128_digest(data))
-        return self._submit(_Append(id, now, now + self._timeout_s, stored, expected))
+            known = self._known or self._refresh()
+            hash = xxh3_128_digest(data)
+            stored = stored._replace(data=None, hash=hash, put_at=known.head.end)
+            self._store.put(f"{self._prefix}/{stored.key}", data)
+        return self._submit(_Append(id, now, now + self._timeout_s, stored, data, expected))
 
     def trim(self, position: int, start: bytes) -> None:
         """Drop what is sealed up to `position` from the head, and keep `start`; see `Log.trim`."""
@@ -259,6 +267,7 @@ class BucketLog:
         """Try one swap; False when another one was faster, or nobody knows."""
         known = self._take_turn()
         self._settle(known)
+        self._put_again(known.head)
         placed, refused, draft = self._place(known)
         if not draft.changed():
             if any(ticket.arrived > known.asked for ticket in placed + refused):
@@ -340,6 +349,16 @@ class BucketLog:
         if self._turns.stale(self._monotonic() - known.asked):
             return self._refresh()
         return known
+
+    def _put_again(self, head: Head) -> None:
+        """Put large entries again that this head must not take up: see `format`."""
+        with self._changed:
+            waiting = [one for one in self._waiting if isinstance(one, _Append)]
+        for ticket in waiting:
+            if ticket.stored.data is None and ticket.stored.put_at < head.trimmed:
+                stored = ticket.stored._replace(put_at=head.end)
+                self._store.put(f"{self._prefix}/{stored.key}", ticket.data)
+                ticket.stored = stored
 
     def _place(self, known: _Known) -> tuple[list[_Ticket], list[_Append], Draft]:
         """Put into a draft what waits, as far as there is room."""
@@ -472,6 +491,11 @@ class BucketLog:
         self._check_open()
         head = self._refresh().head
         yield from self._archive.history(head, after, _FOREVER if last is None else last)
+
+    def garbage(self, kept: Sequence[tuple[int, int]]) -> Iterator[Listed]:
+        """Yield what may be deleted, by its whole key; see `ArchivedLog.garbage`."""
+        self._check_open()
+        yield from self._archive.garbage(self._refresh().head, kept)
 
     def read(self, after: int, limit_bytes: int = 1 << 20) -> list[Appended]:
         """Return the entries behind `after` that this log has heard of; see `Log.read`.
