@@ -2,7 +2,10 @@
 
 import contextlib
 import datetime
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +212,23 @@ def test_less_than_nothing_cannot_be_kept(pool: Any) -> None:
     with pytest.raises(InvalidError, match="less than nothing"):
         pool.retain(versions=-1)
     assert pool.retain(versions=5) == (datetime.timedelta(days=7), 5)
+
+
+def test_agents_collect_by_themselves(url: str, tmp_path: Path) -> None:
+    script = (
+        "import datetime, sys, time, everpool, numpy\n"
+        "pool = everpool.open(sys.argv[1], cache_dir=sys.argv[2])\n"
+        "pool.retain(age=datetime.timedelta(0), versions=0)\n"
+        "for number in range(60):\n"
+        "    pool['a'] = numpy.full(20_000, number)\n"
+        "    if number % 5 == 4:\n"
+        "        pool.checkpoint()\n"
+        "    time.sleep(0.1)\n"
+        "pool.close()\n"
+    )
+    command = [sys.executable, "-c", script, url, str(tmp_path / "host")]
+    environment = {**os.environ, "EVERPOOL_COLLECT_S": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=100)
+    assert len(objects(tmp_path, "values")) < 40
+    with everpool.open(url, cache_dir=tmp_path / "new") as pool:
+        assert pool["a"][0] == 59 and pool.verify().ok

@@ -12,7 +12,7 @@ from everpool.cli.terminal import count, human_size, meter, print_json, print_li
 from everpool.errors import InvalidError
 
 _CLOUD = '"file://$PWD/cloud"'
-_BEGIN = Example("a pool in a bucket", f"everpool put {_CLOUD} greeting hello")
+_BEGIN = Example("a pool in a bucket", f"everpool copy ./pool {_CLOUD}")
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)", re.IGNORECASE)
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -58,8 +58,11 @@ def retain(
             kept = opened.retain(length, versions)
     if as_json:
         print_json({"age_s": kept.age.total_seconds(), "versions": kept.versions})
+    elif kept.versions:
+        newest = "the newest" if kept.versions == 1 else f"the newest {kept.versions:,}"
+        print_line(f"versions are kept for {_words(kept.age)}, and {newest} for longer")
     else:
-        print_line(f"versions are kept for {kept.age}, and the newest {kept.versions:,} longer")
+        print_line(f"versions are kept for {_words(kept.age)}, and the newest one")
 
 
 _COLLECT_EXAMPLES = (
@@ -96,12 +99,21 @@ def collect(
         return
     verb = "would be deleted" if dry_run else "deleted"
     print_line(f"{count(found.deleted, 'object')} {verb}, {human_size(found.deleted_bytes)}")
-    print_line(
-        f"{count(found.dead, 'more object')} of {human_size(found.dead_bytes)} "
-        f"{'is' if found.dead == 1 else 'are'} in no newer version, and "
-        f"{'goes' if found.dead == 1 else 'go'} when those before are no longer kept"
-    )
+    if found.dead:
+        print_line(
+            f"{count(found.dead, 'object')}, {human_size(found.dead_bytes)}: not in the newest "
+            "version, deleted when no older one is kept"
+        )
     print_line(f"versions from {found.kept} on are kept, and those of snapshots")
+
+
+def _words(age: datetime.timedelta) -> str:
+    """Return a length of time in its largest whole unit."""
+    seconds = age.total_seconds()
+    for unit, noun in ((86_400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= unit and seconds % unit == 0:
+            return count(int(seconds // unit), noun)
+    return count(int(seconds), "second") if seconds == int(seconds) else f"{seconds:g} seconds"
 
 
 def _length(text: str) -> datetime.timedelta:
