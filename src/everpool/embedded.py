@@ -181,6 +181,13 @@ class Engine:
         """Refuse: a pool at a path keeps no past."""
         raise _no_past()
 
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Refuse: only a bucket can lock."""
+        raise InvalidError(
+            "a pool at a path cannot be locked, for its owner can always delete it: copy it to a "
+            "bucket with object lock (`everpool copy POOL s3://...`), and lock it there"
+        )
+
     def checkpoint(self) -> int:
         """Make memory durable in its own files, and trim the tail."""
         self.flush()

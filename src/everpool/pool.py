@@ -35,6 +35,7 @@ from everpool.snapshots import (
     Collected,
     Retention,
     Snapshot,
+    check_unlocked,
     restoring,
     retaining,
     retention_of,
@@ -48,6 +49,7 @@ T = TypeVar("T")
 _SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.05
 _LOOKUP_TRIES = 20
+_LONGEST_LOCK_S = 36_525 * 86_400
 _MISSING = object()
 _IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
 _CACHED_BYTES = 4096
@@ -361,23 +363,50 @@ class Pool(MutableMapping[str, Any]):
 
     # The past
 
-    def snapshot(self, name: str, version: int | None = None) -> Snapshot:
+    def snapshot(
+        self, name: str, version: int | None = None, *, locked: bool | timedelta = False
+    ) -> Snapshot:
         """Give a name to the newest version, or to an older one, so that it can be found again.
+
+        A `locked` one cannot be forgotten for a period: the one given, else that of the bucket's
+        default retention, else 30 days. Where the bucket has object lock, everything that the
+        snapshot needs is locked there for as long, old objects included; what came of it is in
+        `lock` and `locked_until` of what is returned. It is a checkpoint of the newest version.
 
         Raises `ExistsError` when there is such a snapshot.
         """
+        check_name(name)
+        if locked is not False:
+            period_s = locked.total_seconds() if isinstance(locked, timedelta) else None
+            self._lock(name, version, period_s)
+            return next(found for found in self.snapshots() if found.name == name)
         if version == 0:
             raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
         self.sync()
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)
 
+    def _lock(self, name: str, version: int | None, period_s: float | None) -> None:
+        if version is not None:
+            raise InvalidError(
+                "a locked snapshot is of the newest version: leave `version` out, or restore that "
+                "version first"
+            )
+        if period_s is not None and not 1 <= period_s <= _LONGEST_LOCK_S:
+            raise InvalidError(f"locked for {period_s:g} seconds: give a second to a century")
+        self.writing_engine().lock(name, period_s)
+
     def snapshots(self) -> list[Snapshot]:
         """Return all snapshots, oldest version first."""
         return snapshots_of(self.engine())
 
     def forget_snapshot(self, name: str) -> None:
-        """Take a snapshot's name away. Raises `NotFoundError`."""
+        """Take a snapshot's name away.
+
+        Raises `NotFoundError`, and `InvalidError` for a locked one before its time.
+        """
+        self.sync()
+        check_unlocked(self.snapshots(), name)
         self._commit(Unpin(check_name(name)))
 
     def at(self, when: "int | str | datetime") -> "Pool":

@@ -20,6 +20,7 @@ from everpool.agent.branching import branch
 from everpool.agent.checking import Check
 from everpool.agent.client import Client, Greeting, Request
 from everpool.agent.host import folder_name
+from everpool.agent.locking import ADVISORY, Vault
 from everpool.agent.past import History, PastEngine
 from everpool.agent.pools import Marker, create_marker, open_pool_store, read_marker
 from everpool.agent.values import CachedValues
@@ -53,6 +54,8 @@ from everpool.values import Encoded
 
 # How much longer than a commit opening may take: an agent has to start.
 _START_S = 2.0
+_CHECKPOINT_TRIES = 5
+_CHECKPOINT_PAUSE_S = 0.2
 _LOOK_S = 0.1
 
 
@@ -283,14 +286,51 @@ class RemoteEngine:
             known = {one.name: one.version for one in snapshots_of(self)}
             if known.get(name) != version:
                 operations: list[Operation] = [Unpin(name)] if name in known else []
-                operations.append(Pin(name, version))
-                record = Record(self.replica.version(), [], [], [], operations)
-                self.write(record, []).version()
+                self._commit(*operations, Pin(name, version))
 
         try:
             branch(past, self.url, url, pin)
         finally:
             past.release()
+
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Make a locked snapshot of the newest version; see `everpool.agent.locking`."""
+        begun_ns = time.time_ns()
+        with contextlib.closing(Vault(self.url, self.marker)) as vault:
+            self._checkpoint_now()
+            state = self.replica.state()
+            if not state.manifest:
+                raise InvalidError("version 0 is the empty pool: there is nothing to lock yet")
+            self._commit(Pin(name, state.checkpoint))
+            try:
+                held = vault.hold(self._store, state.manifest, period_s, begun_ns)
+            except BaseException:
+                with contextlib.suppress(EverpoolError):
+                    self._commit(Unpin(name))
+                raise
+            self._commit(Pin(name, state.checkpoint, held.until_ns, held.lock))
+            if not held.lock.startswith(ADVISORY):
+                # It is held by now; the head that says so would be worth holding, too.
+                with contextlib.suppress(EverpoolError):
+                    vault.hold(self._store, state.manifest, period_s, begun_ns)
+
+    def _checkpoint_now(self) -> None:
+        """Make a checkpoint of all that was committed before, or see that somebody else did."""
+        version = self.sync()
+        for left in reversed(range(_CHECKPOINT_TRIES)):
+            try:
+                self.checkpoint()
+            except UnavailableError:
+                if not left:
+                    raise
+                time.sleep(_CHECKPOINT_PAUSE_S)
+            self.sync()
+            if self.replica.state().checkpoint >= version:
+                return
+
+    def _commit(self, *operations: Operation) -> None:
+        record = Record(self.replica.version(), [], [], [], list(operations))
+        self.write(record, []).version()
 
     def version_at(self, time_ns: int) -> int:
         """Return the newest version that is not younger than a time."""

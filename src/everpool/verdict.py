@@ -54,6 +54,7 @@ from everpool.records import (
 _BLOCK_SHIFT = 12
 _WIDE_BLOCKS = 16
 _MAX_KEY_CHARACTERS = 255
+_MAX_LOCK_CHARACTERS = 255
 _NO_HORIZON = Horizon()
 
 
@@ -171,6 +172,8 @@ class SetPin(msgspec.Struct, gc=False):
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class SetHorizon(msgspec.Struct, gc=False):
@@ -648,14 +651,17 @@ class Judge:
             if pins.pop(name, None) is None:
                 raise _Refused(Verdict.NOT_FOUND, f"snapshot {name!r}")
             return SetPin(name, -1)
-        if name in pins:
-            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         version = operation.version or self.version
+        if name in pins and not (operation.lock and pins[name] == version):
+            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         if not 0 < version <= self.version:
             raise _Refused(Verdict.INVALID, f"snapshot {name!r} of version {version}")
         _check_kept(version, horizon, pins)
+        until_ns, lock = operation.locked_until_ns, operation.lock
+        if not 0 <= until_ns < 1 << 63 or len(lock) > _MAX_LOCK_CHARACTERS:
+            raise _Refused(Verdict.INVALID, f"the lock of snapshot {name!r}")
         pins[name] = version
-        return SetPin(name, version)
+        return SetPin(name, version, until_ns, lock)
 
     def _restored(self, operation: Restore, horizon: Horizon, pins: Mapping[str, int]) -> Horizon:
         if not 0 <= operation.version < self.version:

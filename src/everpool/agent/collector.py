@@ -119,7 +119,7 @@ class Collector:
                 return None
             if state.checkpoint != host.flushed:
                 raise UnavailableError("the newest checkpoint is not taken over yet: try again")
-            pins = [version for _, version, _ in index.pins(txn)]
+            pins = [pin.version for _, pin in index.pins(txn)]
             dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
             live = self._live(txn)
         manifest = read_manifest(host.store, state.manifest)

@@ -215,6 +215,10 @@ class PastEngine:
         """Refuse: ask the pool of today."""
         raise self._refusal()
 
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Refuse: ask the pool of today."""
+        raise self._refusal()
+
     def checkpoint(self) -> int:
         """Refuse: the past does not change."""
         raise self._refusal()

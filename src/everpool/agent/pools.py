@@ -23,7 +23,7 @@ from everpool.store import Data, Listed, Object, Store, open_store, without_secr
 
 MARKER = "everpool.json"
 _FORMAT = 1
-_SHARED = ("checkpoints/", "index/", "pages/", "values/")
+SHARED = ("checkpoints/", "index/", "pages/", "values/")
 _MOST_PARENTS = 32
 
 
@@ -128,7 +128,7 @@ class SharingStore:
         return self._having(key)[-1].get_ranges(key, ranges)
 
     def _having(self, key: str) -> Sequence[Store]:
-        return self._stores if key.startswith(_SHARED) else self._stores[:1]
+        return self._stores if key.startswith(SHARED) else self._stores[:1]
 
     def get_if_changed(self, key: str, e_tag: str) -> Object | None:
         """Return an object of the pool's own, unless it has that tag."""

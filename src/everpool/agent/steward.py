@@ -96,7 +96,7 @@ class Steward:
             for (place, last, _), page in zip(rest, places, strict=True):
                 pages[place] = (last, page)
             runs = self._write_runs(txn, state, previous, pages)
-            pins = [version for _, version, _ in host.replica.index.pins(txn)]
+            pins = [pin.version for _, pin in host.replica.index.pins(txn)]
         past = [] if previous is None else [*previous.past, previous.place(before.manifest)]
         manifest = Manifest(
             state.pool,

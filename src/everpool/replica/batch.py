@@ -17,6 +17,7 @@ from everpool.replica.index import (
     Index,
     MemoryRow,
     NameRow,
+    PinRow,
     Resolved,
     State,
     TailRow,
@@ -107,7 +108,7 @@ class Batch:
         return known[session]
 
     def pins(self) -> dict[str, int]:
-        return {name: version for name, version, _ in self._index.pins(self.txn)}
+        return {name: pin.version for name, pin in self._index.pins(self.txn)}
 
     def apply(self, version: int, effect: Effect) -> Resolved:
         """Put one effect into the index; returns what it came to."""
@@ -180,8 +181,9 @@ class Batch:
             case SetCheckpoint(checkpoint, key):
                 self.state.checkpoint, self.state.manifest = checkpoint, key
                 return Resolved()
-            case SetPin(name, pinned):
-                self._index.put_pin(self.txn, name, pinned, self.time_ns)
+            case SetPin(name, pinned, until_ns, lock):
+                pin = PinRow(pinned, self.time_ns, until_ns, lock)
+                self._index.put_pin(self.txn, name, pin if pinned >= 0 else None)
                 return Resolved(0, max(pinned, 0))
             case SetFence(session, state):
                 if state is not None:

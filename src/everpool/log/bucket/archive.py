@@ -90,6 +90,21 @@ class Archive:
             raise
         yield from self._with_bodies(found)
 
+    def keys(self, head: Head, after: int) -> Iterator[str]:
+        """Yield the keys, below the log's prefix, of what holds the entries behind `after`, which
+        must not be trimmed.
+        """
+        waiting = list(head.references)
+        while waiting:
+            reference = waiting.pop()
+            if reference.last > after:
+                yield reference.key
+                if reference.level:
+                    waiting += self._table(reference, head.log_id)
+        for _, stored in self._behind(head, after, _HISTORY_BYTES):
+            if stored.data is None:
+                yield stored.key
+
     def find(self, head: Head, id: bytes, after: int) -> int | None:
         """Return where behind `after` the entry of the append `id` is; None: nowhere.
 
