@@ -225,7 +225,7 @@ class BucketLog:
             raise
         self._turns.won(self._monotonic() - asked)
         self._clock.sent(e_tag, sending)
-        self._heads.adopt(Known(written.head, e_tag, asked))
+        self._heads.adopt(Known(written.head, e_tag, asked), own=True)
         self._tickets.finish(placed, refused)
         return True
 

@@ -89,13 +89,17 @@ class Heads:
             went_back=went_back,
         )
 
-    def adopt(self, known: Known) -> Known:
-        """Keep the newest head, and wake who waits for one; returns the newest."""
+    def adopt(self, known: Known, *, own: bool = False) -> Known:
+        """Keep the newest head, and wake who waits for one; returns the newest.
+
+        One that was swapped in here (`own`) is as good as an answer: the next question can wait.
+        """
         with self._changed:
             current = self.known
             if current is None or known.head.generation > current.head.generation:
                 self._poll_s = self._busy_poll_s
-                self._next_poll = min(self._next_poll, self._monotonic() + self._poll_s)
+                due = self._monotonic() + self._poll_s
+                self._next_poll = due if own else min(self._next_poll, due)
                 self.known = known
                 self._changed.notify_all()
             elif known.e_tag == current.e_tag and known.asked > current.asked:
