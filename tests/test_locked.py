@@ -246,6 +246,28 @@ def test_while_others_commit_all_that_is_needed_is_locked(
         assert pool.verify().ok
 
 
+def test_a_collection_takes_nothing_of_it(server: Server, url: str, tmp_path: Path) -> None:
+    with everpool.open(url) as pool:
+        pool.retain(age=timedelta(0), versions=1)
+        fill(pool)
+        made = pool.snapshot("safe", locked=timedelta(hours=1))
+        ruin(pool)
+        for _ in range(2):
+            pool.checkpoint()
+            pool["more"] = os.urandom(20)
+            pool.collect()
+        assert pool.snapshots() == [made]
+        with pool.at("safe") as then:
+            assert is_filled(then) and then.verify().ok
+    end_agents(tmp_path)
+    attack = Attack(server, url)
+    attack.destroy()
+    attack.delete()
+    everpool.undelete(url)
+    with everpool.open(url, create=False) as pool, pool.at("safe") as then:
+        assert is_filled(then) and then.verify().ok
+
+
 def test_what_a_branch_shares_is_locked_in_its_parent(
     server: Server, url: str, plain: str, tmp_path: Path
 ) -> None:
