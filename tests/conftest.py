@@ -1,6 +1,7 @@
 """Hypothesis profiles, explained assertions in the public suites, and the S3 server."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import HealthCheck, settings
 from support.s3 import Server, serving
 
 pytest.register_assert_rewrite("everpool.testing")
+
+# A shell starts what runs in the background without Ctrl-C, which every child would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _common = {
     "deadline": None,

@@ -78,3 +78,37 @@ def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) ->
     assert done.code == 2 and "keeps no past" in done.err and "pool.checkpoint()" in done.err
     done = run("recover", str(tmp_path / "none"), "--to", "1")
     assert done.code == 1 and "create=True" in done.err
+
+
+def test_retention_is_shown_and_changed(url: str) -> None:
+    assert "for 7 days, and the newest 16,384 for longer\n" in out_of("retain", url)
+    assert "30 days" in out_of("retain", url, "--age", "30d")
+    assert "for 90 seconds, and the newest one\n" in out_of(
+        "retain", url, "--age", "90s", "--versions", "0"
+    )
+    assert json.loads(out_of("retain", url, "--json")) == {"age_s": 90.0, "versions": 0}
+    refused = run("retain", url, "--age", "soon")
+    assert refused.code != 0 and "30m, 12h, 7d" in refused.err
+
+
+def test_collect_says_what_goes_and_deletes_it(url: str, tmp_path: Path) -> None:
+    out_of("retain", url, "--age", "0s", "--versions", "0")
+    for number in range(3):
+        with everpool.open(url) as pool:
+            pool["large"] = bytes([number]) * 100_000
+            pool.checkpoint()
+    values = tmp_path / "cloud" / "values"
+    assert "not in the newest version" in out_of("collect", url, "--dry-run")
+    assert len(list(values.iterdir())) == 3
+    assert "deleted" in out_of("collect", url)
+    assert len(list(values.iterdir())) == 1
+    found = json.loads(out_of("collect", url, "--json"))
+    assert found["kept"] > 0 and set(found) == {
+        "kept",
+        "dead",
+        "dead_bytes",
+        "deleted",
+        "deleted_bytes",
+    }
+    refused = run("recover", url, "--to", "3")
+    assert refused.code != 0 and "was collected" in refused.err

@@ -20,7 +20,7 @@ from everpool.log.bucket.format import (
     encode_chunk,
     encode_head,
     encode_table,
-    entry_key,
+    parse_entry,
     parse_span,
 )
 
@@ -31,7 +31,7 @@ EMPTY = Head(LOG_ID, b"", 0, 0, 0, 0, b"", (), ())
 def stored(rng: random.Random, large: bool = False) -> Stored:
     data = rng.randbytes(rng.randint(1, 60))
     one = Stored(rng.randbytes(16), rng.randbytes(8), rng.randrange(1 << 62), len(data), data)
-    return one._replace(data=None, hash=xxh3_128_digest(data)) if large else one
+    return one._replace(data=None, hash=xxh3_128_digest(data), put_at=7) if large else one
 
 
 def make_head(seed: int) -> Head:
@@ -153,7 +153,7 @@ def test_a_newer_format_asks_for_an_upgrade() -> None:
 
 def test_the_bytes_are_those_that_are_documented() -> None:
     one = Stored(b"i" * 16, b"w" * 8, 5, 3, b"abc")
-    away = Stored(b"j" * 16, b"w" * 8, 6, 9, None, b"h" * 16)
+    away = Stored(b"j" * 16, b"w" * 8, 6, 9, None, b"h" * 16, 3)
     old = Reference(1, 77, 1, 4, b"H" * 16)
     head = Head(b"L" * 16, b"N" * 16, 8, 4, 2, 6, b"note", [old], [one, away])
     rest = (
@@ -164,7 +164,7 @@ def test_the_bytes_are_those_that_are_documented() -> None:
         + struct.pack("<B3xIQQ", 1, 77, 1, 4)
         + b"H" * 16
         + (b"i" * 16 + b"w" * 8 + struct.pack("<QIB", 5, 3, 0) + b"abc")
-        + (b"j" * 16 + b"w" * 8 + struct.pack("<QIB", 6, 9, 1) + b"h" * 16)
+        + (b"j" * 16 + b"w" * 8 + struct.pack("<QIB", 6, 9, 1) + b"h" * 16 + struct.pack("<Q", 3))
     )
     start = b"EVLHEAD\0" + struct.pack("<HHIQ", 1, 0, 0, xxh3_64_intdigest(rest))
     assert encode_head(head) == start + rest
@@ -180,7 +180,8 @@ def test_the_bytes_are_those_that_are_documented() -> None:
     reference, data = encode_table(b"L" * 16, [old])
     assert data == start + table + b"H" * 16
     assert reference.level == 2 and reference.key.startswith(f"tables/{1:020d}-{4:020d}-")
-    assert entry_key(b"j" * 16) == "entries/" + "6a" * 16
+    assert away.key == f"entries/{3:020d}-" + "6a" * 16
+    assert parse_entry(away.key) == (3, b"j" * 16) and parse_entry("entries/x") is None
 
 
 def test_a_head_stays_short_however_long_the_log_is() -> None:

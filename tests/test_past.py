@@ -1,9 +1,14 @@
 """A pool's past: every version can be looked at and brought back, also over checkpoints."""
 
 import datetime
+import gc
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,14 @@ import pytest
 
 import everpool
 from everpool import ConflictError, ExistsError, InvalidError, NotFoundError
+from everpool.agent.past import History
+from everpool.agent.scratch import Scratch
 from support.agents import end_agents
 from support.pictures import change, picture
+from support.processes import Child, ending
+
+
+IN_A_BUCKET = pytest.mark.parametrize("place", ["bucket"], indirect=True)
 
 
 @pytest.fixture
@@ -157,9 +168,6 @@ def test_a_restore_conflicts_with_what_comes_in_between(
     assert pool["a"] == 2
 
 
-IN_A_BUCKET = pytest.mark.parametrize("place", ["bucket"], indirect=True)
-
-
 @IN_A_BUCKET
 def test_a_branch_goes_its_own_way(pool: Any, url: str, tmp_path: Path) -> None:
     large = np.arange(1_000_000)
@@ -236,3 +244,81 @@ def test_a_branch_is_pinned_where_it_begins_also_after_an_earlier_try(
 def test_version_0_gets_no_name(pool: Any) -> None:
     with pytest.raises(InvalidError, match="a later one"):
         pool.snapshot("zero", 0)
+
+
+# Its folder
+
+
+def folders(host: Path) -> list[Path]:
+    return list(host.glob("*/past/*"))
+
+
+@IN_A_BUCKET
+def test_a_killed_process_leaves_no_folder_behind_the_next_look_back(
+    pool: Any, url: str, tmp_path: Path
+) -> None:
+    pool["a"] = 1
+    child = Child(look_back_and_stay, url, tmp_path / "host")
+    with ending(child):
+        heir = child.receive()
+        (left,) = folders(tmp_path / "host")
+        with pool.at(1) as past:
+            assert past["a"] == 1
+            assert left in folders(tmp_path / "host")  # it is in use
+        child.kill()
+        with pool.at(1):
+            assert not left.exists()
+            assert len(folders(tmp_path / "host")) == 1
+        os.kill(heir, signal.SIGKILL)
+    assert folders(tmp_path / "host") == []
+
+
+def look_back_and_stay(link: Connection, url: str, cache: Path) -> None:
+    with everpool.open(url, cache_dir=cache) as pool, pool.at(1) as past:
+        assert past["a"] == 1
+        heir = os.fork()  # which lives on, and does not keep the folder
+        if heir:
+            link.send(heir)
+        time.sleep(60)
+
+
+@IN_A_BUCKET
+def test_a_past_that_cannot_be_opened_leaves_nothing(
+    pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise everpool.UnavailableError("the store is away: try again")
+
+    pool["a"] = 1
+    before = open_files()
+    monkeypatch.setattr(History, "play", fail)
+    with pytest.raises(everpool.UnavailableError):
+        pool.at(1)
+    assert folders(tmp_path / "host") == [] and open_files() == before
+    monkeypatch.undo()
+    for path in (tmp_path / "host").glob("*/past"):
+        path.rmdir()
+        path.write_text("in the way")
+    with pytest.raises(everpool.EverpoolError):
+        pool.at(1)
+    assert open_files() == before
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_folders_are_made_and_swept_at_once(tmp_path: Path) -> None:
+    def make() -> None:
+        for _ in range(50):
+            made = Scratch(tmp_path)
+            (made.path / "file").write_text("mine")
+            time.sleep(0.001)
+            assert (made.path / "file").exists()
+            made.remove()
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(make) for _ in range(8)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ from everpool.memory import Array, Memory
 from everpool.opening import open_pool as open
 from everpool.pool import Outcome, Pool
 from everpool.records import RecordId
-from everpool.snapshots import Snapshot
+from everpool.recovery import undelete
+from everpool.snapshots import Collected, Retention, Snapshot
 from everpool.transaction import Transaction
 from everpool.watch import Change, Watch
 
@@ -25,6 +26,7 @@ __all__ = [
     "Array",
     "Change",
     "ClosedError",
+    "Collected",
     "CommitUnknownError",
     "ConflictError",
     "CorruptionError",
@@ -36,9 +38,11 @@ __all__ = [
     "Outcome",
     "Pool",
     "RecordId",
+    "Retention",
     "Snapshot",
     "Transaction",
     "UnavailableError",
     "Watch",
     "open",
+    "undelete",
 ]

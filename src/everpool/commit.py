@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from pathlib import Path
 from typing import TypeVar, cast
 
 from everpool.errors import (
@@ -25,6 +24,7 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.processes import is_stopped
 from everpool.records import Put, Record, RecordId, Write
 from everpool.replica.batch import Result
 from everpool.replica.bulk import BulkFiles, Staged
@@ -510,7 +510,7 @@ class Committer:
 
     def _busy(self) -> UnavailableError:
         pid = self._lock.holder() or self._replica.shared.holder
-        state = " and is stopped: continue it, or end it" if _is_stopped(pid) else ""
+        state = " and is stopped: continue it, or end it" if is_stopped(pid) else ""
         return UnavailableError(
             f"process {pid} has kept the pool's writer lock for {self._timeout_s:g} s{state}; "
             "nothing was committed",
@@ -524,9 +524,3 @@ def _error_of_record(error: BaseException, at: int) -> BaseException:
         return error
     id = RecordId(error.id.session, error.id.sequence + at)
     return CommitUnknownError(error.message, id=id)
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-    return False

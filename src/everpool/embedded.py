@@ -167,7 +167,7 @@ class Engine:
         if self.committer is not None and self.replica.shared.suspect:
             self.committer.recover(wait=True)  # else a power cut might take back what is told
         index = self.replica.index
-        found = decided(index, id)
+        found = decided(index, [id]).get(id)
         if found is None and self.read_only:
             raise InvalidError(
                 f"{id} is not decided yet, and a pool that is open read-only cannot settle it: "
@@ -176,7 +176,7 @@ class Engine:
         if found is None:
             fence = Record(self.replica.state().version, [], [], [], [Fence(*id)])
             self.write(fence, []).version()
-            found = decided(index, id)
+            found = decided(index, [id]).get(id)
         return forgotten(index, id) if found is None else found
 
     # The past. Its modules are loaded when they are first wanted.
@@ -249,6 +249,13 @@ class Engine:
 
         return back_up(self._keeper(), lambda version: self.past(version)(False), url, progress)
 
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Refuse: only a bucket can lock."""
+        raise InvalidError(
+            "a pool at a path cannot be locked, for its owner can always delete it: copy it to a "
+            "bucket with object lock (`everpool copy POOL s3://...`), and lock it there"
+        )
+
     def checkpoint(self) -> int:
         """Make a checkpoint now, which begins the past when there is none; returns its version."""
         version = self._keeper().checkpoint()
@@ -273,6 +280,15 @@ class Engine:
     def _checkpoint_quietly(self) -> None:
         if self.replica.bulk.keeps_past():
             self._keeper().checkpoint_quietly()
+
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Refuse: nothing of the past of a pool at a path is collected."""
+        raise InvalidError(
+            "nothing is collected at a path, where all of the past is kept: to end it, delete the "
+            "folder `past`; to start afresh, `everpool copy` the pool"
+        )
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""

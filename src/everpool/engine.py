@@ -99,8 +99,18 @@ class Engine(Protocol):
         """Make a pool at a URL that begins as this was at a version, and shares its segments."""
         ...
 
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Make a locked snapshot of the newest version; see `Pool.snapshot`."""
+        ...
+
     def checkpoint(self) -> int:
         """Make a checkpoint now; returns its version."""
+        ...
+
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Delete what nothing needs from where the past lies; returns what was done."""
         ...
 
     def stats(self) -> dict[str, Any]:

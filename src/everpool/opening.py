@@ -8,6 +8,7 @@ from everpool import embedded
 from everpool.engine import DEFAULT_TIMEOUT_S, Engine
 from everpool.errors import InvalidError
 from everpool.pool import Pool
+from everpool.store import without_secrets
 
 # What pathlib makes of a URL.
 _CUT_URL = re.compile(r"(s3|gs|az|file):/(?!/)", re.IGNORECASE)
@@ -57,10 +58,8 @@ def open_pool(
                 path, cache, create=create, read_only=read_only, timeout_s=timeout_s
             )
 
-        return Pool(remote.without_secrets(path), join, create=create, read_only=read_only)
+        return Pool(without_secrets(path), join, create=create, read_only=read_only)
     folder = Path(given).absolute()
-    if "\0" in os.fspath(folder):
-        raise InvalidError(f"{path!r} is no path: it holds a NUL")
 
     def acquire(create: bool) -> Engine:
         return embedded.acquire(folder, create=create, read_only=read_only, timeout_s=timeout_s)

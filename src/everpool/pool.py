@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -31,7 +31,17 @@ from everpool.replica.bulk import Staged
 from everpool.replica.index import BODY, INLINE, MEMORY, NameRow
 from everpool.replica.replica import MOST_KEPT, Replica
 from everpool.replica.verify import Report
-from everpool.snapshots import Snapshot, restoring, snapshots_of, version_of
+from everpool.snapshots import (
+    Collected,
+    Retention,
+    Snapshot,
+    check_unlocked,
+    restoring,
+    retaining,
+    retention_of,
+    snapshots_of,
+    version_of,
+)
 from everpool.transaction import Transaction, check_size
 from everpool.watch import Watch
 
@@ -39,6 +49,7 @@ T = TypeVar("T")
 _SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.05
 _LOOKUP_TRIES = 20
+_LONGEST_LOCK_S = 36_525 * 86_400
 _MISSING = object()
 _IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
 _CACHED_BYTES = 4096
@@ -176,6 +187,13 @@ class Pool(MutableMapping[str, Any]):
         if type(prefix) is not str or "\0" in prefix:
             raise InvalidError(f"a prefix is a str without NUL, not {prefix!r}")
         return self.engine().replica.names(prefix)
+
+    def size_of(self, name: str) -> int:
+        """Return how many bytes an object has: memory in all, a value as it is stored.
+
+        Nothing but the index is looked at. Raises `NotFoundError`.
+        """
+        return self._row(name).size
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Bind several names in one transaction."""
@@ -345,13 +363,26 @@ class Pool(MutableMapping[str, Any]):
 
     # The past
 
-    def snapshot(self, name: str, version: int | None = None) -> Snapshot:
+    def snapshot(
+        self, name: str, version: int | None = None, *, locked: bool | timedelta = False
+    ) -> Snapshot:
         """Give a name to the newest version, or to an older one, so that it can be found again.
 
         At a path, the first one begins the pool's past: it makes a checkpoint, which copies all
-        memory once. Raises `ExistsError` when there is such a snapshot.
+        memory once.
+
+        A `locked` one cannot be forgotten for a period: the one given, else that of the bucket's
+        default retention, else 30 days. Where the bucket has object lock, everything that the
+        snapshot needs is locked there for as long, old objects included; what came of it is in
+        `lock` and `locked_until` of what is returned. It is a checkpoint of the newest version.
+
+        Raises `ExistsError` when there is such a snapshot.
         """
         check_name(name)
+        if locked is not False:
+            period_s = locked.total_seconds() if isinstance(locked, timedelta) else None
+            self._lock(name, version, period_s)
+            return next(found for found in self.snapshots() if found.name == name)
         if version == 0:
             raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
         engine = self.writing_engine()
@@ -360,12 +391,27 @@ class Pool(MutableMapping[str, Any]):
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)
 
+    def _lock(self, name: str, version: int | None, period_s: float | None) -> None:
+        if version is not None:
+            raise InvalidError(
+                "a locked snapshot is of the newest version: leave `version` out, or restore that "
+                "version first"
+            )
+        if period_s is not None and not 1 <= period_s <= _LONGEST_LOCK_S:
+            raise InvalidError(f"locked for {period_s:g} seconds: give a second to a century")
+        self.writing_engine().lock(name, period_s)
+
     def snapshots(self) -> list[Snapshot]:
         """Return all snapshots, oldest version first."""
         return snapshots_of(self.engine())
 
     def forget_snapshot(self, name: str) -> None:
-        """Take a snapshot's name away. Raises `NotFoundError`."""
+        """Take a snapshot's name away.
+
+        Raises `NotFoundError`, and `InvalidError` for a locked one before its time.
+        """
+        self.sync()
+        check_unlocked(self.snapshots(), name)
         self._commit(Unpin(check_name(name)))
 
     def at(self, when: "int | str | datetime") -> "Pool":
@@ -424,6 +470,35 @@ class Pool(MutableMapping[str, Any]):
         """
         engine = self.writing_engine()
         return engine.checkpoint() if url is None else engine.backup(url, progress)
+
+    @property
+    def retention(self) -> Retention:
+        """How long versions are kept; 7 days and 16,384 versions unless `retain` changed it."""
+        return retention_of(self.engine())
+
+    def retain(self, age: timedelta | None = None, versions: int | None = None) -> Retention:
+        """Say how long versions are kept: while younger than `age`, or among the newest `versions`.
+
+        What is left out stays as it is. Whatever a version needs stays in the store as long as it
+        is kept, and those of snapshots are kept until `forget_snapshot`. What was collected does
+        not come back. Raises `InvalidError` for less than nothing.
+        """
+        self.writing_engine()
+        self._commit(retaining(self.retention, age, versions))
+        return self.retention
+
+    def collect(
+        self, dry_run: bool = False, progress: Callable[[dict[str, Any]], None] | None = None
+    ) -> Collected:
+        """Delete from the store what no version needs that is kept.
+
+        This also happens by itself, about once an hour while something is committed. With
+        `dry_run`, nothing is changed, and what is returned is what would be. `progress` is
+        called now and then with what was `listed` and `deleted` so far.
+        """
+        self.writing_engine()
+        told = self.engine().collect(dry_run, progress)
+        return Collected(**{name: told[name] for name in Collected._fields})
 
     # Used by transactions
 

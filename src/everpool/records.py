@@ -166,17 +166,30 @@ class Fence(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
 
 
 class Checkpoint(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=8):
-    """Say that the replica as of `version` can be had from the manifest `key` in the store."""
+    """Say that the replica as of `version` can be had from the manifest `key` in the store.
+
+    It builds on the checkpoint of version `previous` (0: on none; -1: not said), and its uploads
+    began at version `began`.
+    """
 
     version: int
     key: str
+    previous: int = -1
+    began: int = 0
 
 
 class Pin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=9):
-    """Give the free snapshot name `name` to `version`; 0 is that of this record."""
+    """Give the free snapshot name `name` to `version`; 0 is that of this record.
+
+    With a `lock`, which says what keeps it, the snapshot is not to be forgotten before a time
+    (nanoseconds since 1970), and may be there already, of that version. Both are told, not judged:
+    see `everpool.snapshots`.
+    """
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class Unpin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=10):
@@ -185,7 +198,50 @@ class Unpin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     name: str
 
 
-Operation = Put | Delete | Allocate | Write | FetchAdd | Floor | Fence | Checkpoint | Pin | Unpin
+class Collect(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=11):
+    """Let go of versions before `kept`, but those of snapshots (see `everpool.collection`).
+
+    Replicas begin at `start`, or, for a snapshot, at the first version of an island, which ends
+    with the snapshot's. `dead` are the keys of objects that nothing names any more. All this was
+    worked out at version `version`, under the newest checkpoint, that of version `checkpoint`.
+    """
+
+    version: int
+    checkpoint: int
+    kept: int
+    start: int
+    islands: list[tuple[int, int]]
+    dead: list[str]
+
+
+class Retain(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=12):
+    """Keep versions while they are younger than `age_ns`, or among the newest `versions`."""
+
+    age_ns: int
+    versions: int
+
+
+class Restore(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=13):
+    """Say that this record names objects again which were in use at `version`."""
+
+    version: int
+
+
+Operation = (
+    Put
+    | Delete
+    | Allocate
+    | Write
+    | FetchAdd
+    | Floor
+    | Fence
+    | Checkpoint
+    | Pin
+    | Unpin
+    | Collect
+    | Retain
+    | Restore
+)
 
 Range = tuple[int, int, int]
 

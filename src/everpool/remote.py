@@ -7,7 +7,6 @@ memory yet, go through it (see `everpool.agent.client`).
 import atexit
 import contextlib
 import os
-import re
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from everpool.agent.branching import branch
 from everpool.agent.checking import Check
 from everpool.agent.client import Client, Greeting, Request
 from everpool.agent.host import folder_name
+from everpool.agent.locking import ADVISORY, Vault
 from everpool.agent.past import History, PastEngine
 from everpool.agent.pools import Marker, claim, create_marker, open_pool_store, read_marker
 from everpool.agent.values import CachedValues
@@ -49,12 +49,14 @@ from everpool.replica.index import translated
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.snapshots import snapshots_of
-from everpool.store import open_store
+from everpool.store import open_store, without_secrets
 from everpool.values import Encoded
 
 # How much longer than a commit opening may take: an agent has to start.
 _START_S = 2.0
-_QUERY = re.compile(r"\?.*$")
+_CHECKPOINT_TRIES = 5
+_CHECKPOINT_PAUSE_S = 0.2
+_LOOK_S = 0.1
 
 
 def cache_folder(given: str | os.PathLike[str] | None) -> Path:
@@ -66,11 +68,6 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
         return Path.home() / "Library" / "Caches" / "everpool"
     base = os.environ.get("XDG_CACHE_HOME") or os.fspath(Path.home() / ".cache")
     return Path(base) / "everpool"
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL for messages: without its query, where settings are."""
-    return _QUERY.sub("", url)
 
 
 class RemoteEngine:
@@ -200,7 +197,10 @@ class RemoteEngine:
         return [(offset, size) for offset, size in self._ask("extents", id)]
 
     def _fetch_value(self, reference: Reference) -> None:
-        self._ask("value", reference.file, reference.size, reference.checksum)
+        try:
+            self._ask("value", reference.file, reference.size, reference.checksum)
+        except NotFoundError as error:
+            raise FileNotFoundError(error.message) from error
 
     def stage(self, encoded: Encoded) -> Staged:
         """Upload a large value, for a record to name."""
@@ -260,15 +260,33 @@ class RemoteEngine:
         state = self.replica.state()
         if not 0 <= version <= state.version:
             raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
+        if not state.horizon.keeps(version, (one.version for one in snapshots_of(self))):
+            kept = state.horizon.kept
+            elsewhere = ", or is in the pool that this one branched from" * bool(self.marker.parent)
+            raise InvalidError(
+                f"version {version} was collected{elsewhere}: versions from {kept} on are kept, "
+                "and those of snapshots; `pool.retain` says for how long",
+                kept=kept,
+            )
         from everpool.opening import reopen_past
 
         place = (self.url, version, self.timeout_s, os.fspath(self._cache))
 
         def open_past(create: bool) -> PastEngine:
             store = open_pool_store(self.url)
-            history = History(store, state.manifest, self.marker.start)
+            try:
+                history = History(store, state.manifest, self.marker.start)
+            except BaseException:
+                store.close()
+                raise
             return PastEngine(
-                store, history, state.pool, version, self.timeout_s, (reopen_past, place)
+                self.folder / "past",
+                store,
+                history,
+                state.pool,
+                version,
+                self.timeout_s,
+                (reopen_past, place),
             )
 
         return open_past
@@ -282,14 +300,51 @@ class RemoteEngine:
             known = {one.name: one.version for one in snapshots_of(self)}
             if known.get(name) != version:
                 operations: list[Operation] = [Unpin(name)] if name in known else []
-                operations.append(Pin(name, version))
-                record = Record(self.replica.version(), [], [], [], operations)
-                self.write(record, []).version()
+                self._commit(*operations, Pin(name, version))
 
         try:
             branch(past, self.url, url, pin)
         finally:
             past.release()
+
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Make a locked snapshot of the newest version; see `everpool.agent.locking`."""
+        begun_ns = time.time_ns()
+        with contextlib.closing(Vault(self.url, self.marker)) as vault:
+            self._checkpoint_now()
+            state = self.replica.state()
+            if not state.manifest:
+                raise InvalidError("version 0 is the empty pool: there is nothing to lock yet")
+            self._commit(Pin(name, state.checkpoint))
+            try:
+                held = vault.hold(self._store, state.manifest, period_s, begun_ns)
+            except BaseException:
+                with contextlib.suppress(EverpoolError):
+                    self._commit(Unpin(name))
+                raise
+            self._commit(Pin(name, state.checkpoint, held.until_ns, held.lock))
+            if not held.lock.startswith(ADVISORY):
+                # It is held by now; the head that says so would be worth holding, too.
+                with contextlib.suppress(EverpoolError):
+                    vault.hold(self._store, state.manifest, period_s, begun_ns)
+
+    def _checkpoint_now(self) -> None:
+        """Make a checkpoint of all that was committed before, or see that somebody else did."""
+        version = self.sync()
+        for left in reversed(range(_CHECKPOINT_TRIES)):
+            try:
+                self.checkpoint()
+            except UnavailableError:
+                if not left:
+                    raise
+                time.sleep(_CHECKPOINT_PAUSE_S)
+            self.sync()
+            if self.replica.state().checkpoint >= version:
+                return
+
+    def _commit(self, *operations: Operation) -> None:
+        record = Record(self.replica.version(), [], [], [], list(operations))
+        self.write(record, []).version()
 
     def version_at(self, time_ns: int) -> int:
         """Return the newest version that is not younger than a time."""
@@ -303,6 +358,18 @@ class RemoteEngine:
     def checkpoint(self) -> int:
         """Make a checkpoint now; returns its version."""
         return self._ask("checkpoint")
+
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Delete what nothing needs from the store; returns what was done."""
+        told = self._ask("collect", True, dry_run)
+        while not told["done"]:
+            if progress is not None:
+                progress(told)
+            time.sleep(_LOOK_S)
+            told = self._ask("collect", False, dry_run)
+        return told
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and the host's replica of it."""
@@ -320,6 +387,7 @@ class RemoteEngine:
             "position": told["position"],
             "floor": state.floor,
             "checkpoint": state.flushed,
+            "kept": state.horizon.kept,
             "tail_bytes": state.tail_bytes,
             "agent": told["agent"],
             "clients": told["clients"],

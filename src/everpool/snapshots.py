@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from everpool.errors import InvalidError, NotFoundError
 from everpool.memory import INLINE_STORE_BYTES
-from everpool.records import Allocate, Delete, Operation, Payload, Put, Record, Write
+from everpool.records import (
+    Allocate,
+    Delete,
+    Operation,
+    Payload,
+    Put,
+    Record,
+    Restore,
+    Retain,
+    Write,
+)
 from everpool.replica.bulk import Staged
 from everpool.replica.index import BULK, INLINE, MEMORY, NameRow
 
@@ -17,18 +27,84 @@ _PIECE_BYTES = 1 << 20
 
 
 class Snapshot(NamedTuple):
-    """A version that has a name. `time` is when the name was given, by the log's clock (UTC)."""
+    """A version that has a name. `time` is when the name was given, by the log's clock (UTC).
+
+    A locked one is kept until `locked_until`. `lock` says by what, as the store told it when the
+    snapshot was made: `compliance`, the bucket lets nobody delete what it needs; `governance`,
+    nobody who lacks a right of its own; `advisory: ...`, only Everpool refuses, and why.
+    """
 
     name: str
     version: int
     time: datetime.datetime
+    lock: str = ""
+    locked_until: datetime.datetime | None = None
+
+
+class Retention(NamedTuple):
+    """How long versions are kept: while younger than `age`, or among the newest `versions`."""
+
+    age: datetime.timedelta
+    versions: int
+
+
+class Collected(NamedTuple):
+    """What a collection came to, in objects and their bytes.
+
+    Versions from `kept` on can be looked at, and those of snapshots. `deleted` objects are gone, or
+    would be; `dead` ones were found that nothing needs now, and go when what is kept no longer
+    reaches back to them.
+    """
+
+    kept: int
+    dead: int
+    dead_bytes: int
+    deleted: int
+    deleted_bytes: int
+
+
+def retention_of(engine: "Engine") -> Retention:
+    """Return how long versions are kept."""
+    horizon = engine.replica.state().horizon
+    return Retention(datetime.timedelta(microseconds=horizon.age_ns // 1000), horizon.versions)
+
+
+def retaining(now: Retention, age: datetime.timedelta | None, versions: int | None) -> Retain:
+    """Return the operation that changes how long versions are kept; None changes nothing."""
+    age = now.age if age is None else age
+    versions = now.versions if versions is None else versions
+    age_us = age // datetime.timedelta(microseconds=1)
+    if age_us < 0 or type(versions) is not int or not 0 <= versions < 1 << 63:
+        raise InvalidError(f"{age}, {versions} versions: neither can be less than nothing")
+    return Retain(age_us * 1000, versions)
 
 
 def snapshots_of(engine: "Engine") -> list[Snapshot]:
     """Return all snapshots, oldest version first."""
     with engine.replica.index.read() as txn:
         found = engine.replica.index.pins(txn)
-    return [Snapshot(name, version, _time_of(time_ns)) for name, version, time_ns in found]
+    return [
+        Snapshot(
+            name,
+            pin.version,
+            _time_of(pin.time_ns),
+            pin.lock,
+            _time_of(pin.locked_until_ns) if pin.locked_until_ns else None,
+        )
+        for name, pin in found
+    ]
+
+
+def check_unlocked(snapshots: list[Snapshot], name: str) -> None:
+    """Raise `InvalidError` while the snapshot of that name is locked."""
+    for found in snapshots:
+        until = found.locked_until
+        if found.name == name and until is not None and until > datetime.datetime.now(datetime.UTC):
+            raise InvalidError(
+                f"the snapshot {name!r} is locked until {until.isoformat(' ', 'seconds')} "
+                f"({found.lock}): forget it then",
+                name=name,
+            )
 
 
 def version_of(engine: "Engine", when: object) -> int:
@@ -86,6 +162,8 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
             payload, stored = _payload(now, wanted)
             operations.append(Put(name, payload))
             staged += stored
+    if operations:
+        operations.insert(0, Restore(then.replica.version()))
     memory = [row for name in names if (row := now.replica.find(name).row) and row.kind == MEMORY]
     ranges = [(row.id, 0, row.size) for row in memory]
     return Record(version, list(names), [""], ranges, operations), staged

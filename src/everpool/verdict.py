@@ -19,17 +19,19 @@ Every record counts one version, whatever its verdict.
 
 import enum
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import msgspec
 
+from everpool.collection import Horizon, refusal, upload_version
 from everpool.records import (
     MAX_MEMORY_BYTES,
     NUMBER_BYTES,
     SESSION_BYTES,
     Allocate,
     Checkpoint,
+    Collect,
     Delete,
     Entry,
     FetchAdd,
@@ -38,6 +40,9 @@ from everpool.records import (
     Pin,
     Put,
     Record,
+    Reference,
+    Restore,
+    Retain,
     Unpin,
     Write,
     can_be_stored,
@@ -49,6 +54,8 @@ from everpool.records import (
 _BLOCK_SHIFT = 12
 _WIDE_BLOCKS = 16
 _MAX_KEY_CHARACTERS = 255
+_MAX_LOCK_CHARACTERS = 255
+_NO_HORIZON = Horizon()
 
 
 class Verdict(enum.IntEnum):
@@ -99,8 +106,8 @@ class Catalog(Protocol):
         """Return what is remembered of `session`."""
         ...
 
-    def pin(self, name: str) -> int | None:
-        """Return the version of the snapshot `name`."""
+    def pins(self) -> Mapping[str, int]:
+        """Return the versions of the snapshots, by name."""
         ...
 
 
@@ -165,6 +172,18 @@ class SetPin(msgspec.Struct, gc=False):
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
+
+
+class SetHorizon(msgspec.Struct, gc=False):
+    """Effect: what is kept of the past is now `horizon`; None changes nothing.
+
+    With a `record`, what it calls dead is so, and what nothing needs any more is forgotten.
+    """
+
+    horizon: Horizon | None
+    record: Collect | None
 
 
 class SetFence(msgspec.Struct, gc=False):
@@ -174,7 +193,18 @@ class SetFence(msgspec.Struct, gc=False):
     state: SessionState | None
 
 
-Effect = Bind | BindMemory | Unbind | Store | Add | SetFloor | SetFence | SetCheckpoint | SetPin
+Effect = (
+    Bind
+    | BindMemory
+    | Unbind
+    | Store
+    | Add
+    | SetFloor
+    | SetFence
+    | SetCheckpoint
+    | SetPin
+    | SetHorizon
+)
 
 
 class Decision(msgspec.Struct):
@@ -370,8 +400,8 @@ def find_conflict(writes: Writes, record: Record) -> str | None:
 class Judge:
     """Gives verdicts in log order.
 
-    `version`, `floor`, `next_id` and `checkpoint`, the version of the newest one, are as of the
-    last verdict.
+    `version`, `floor`, `next_id`, `checkpoint` (the version of the newest one) and `horizon` are as
+    of the last verdict.
     """
 
     def __init__(
@@ -383,6 +413,7 @@ class Judge:
         floor: int,
         next_id: int,
         checkpoint: int = 0,
+        horizon: Horizon = _NO_HORIZON,
     ) -> None:
         self.catalog = catalog
         self.writes = writes
@@ -390,6 +421,7 @@ class Judge:
         self.floor = floor
         self.next_id = next_id
         self.checkpoint = checkpoint
+        self.horizon = horizon
 
     def entry(self, entry: Entry) -> Iterator[tuple[Decision, SessionState | None]]:
         """Decide the records of `entry`, one at a time.
@@ -470,6 +502,8 @@ class Judge:
                 self.floor = effect.version
             elif isinstance(effect, SetCheckpoint):
                 self.checkpoint = effect.version
+            elif isinstance(effect, SetHorizon) and effect.horizon is not None:
+                self.horizon = effect.horizon
         return Decision(Verdict.COMMITTED, self.version, "", effects, next_id)
 
     def _abort(self, verdict: Verdict, detail: str) -> Decision:
@@ -486,9 +520,10 @@ class Judge:
         overlay: dict[str, Binding | None] = {}
         created: list[tuple[int, int]] = []
         gone: set[int] = set()
-        floor, checkpoint = self.floor, self.checkpoint
-        pins: dict[str, int | None] = {}
+        floor, checkpoint, horizon = self.floor, self.checkpoint, self.horizon
+        pins: dict[str, int] | None = None
         fenced: dict[bytes, SessionState] = {}
+        restoring = False
 
         def binding(name: str) -> Binding | None:
             if not is_name(name):
@@ -513,6 +548,8 @@ class Judge:
         def stored(payload: Payload) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
+            if isinstance(payload, Reference) and horizon.start and not restoring:
+                _check_upload(upload_version(payload.file), horizon)
             return payload
 
         for operation in record.operations:
@@ -561,10 +598,39 @@ class Judge:
             elif isinstance(operation, Checkpoint):
                 if not checkpoint < operation.version < self.version or not _is_key(operation.key):
                     raise _Refused(Verdict.INVALID, f"a checkpoint of version {operation.version}")
+                if operation.previous not in (checkpoint, -1):
+                    raise _Refused(
+                        Verdict.CONFLICT, f"there is a checkpoint of version {checkpoint} by now"
+                    )
+                _check_upload(operation.began, horizon)
                 checkpoint = operation.version
                 effects.append(SetCheckpoint(operation.version, operation.key))
-            elif isinstance(operation, (Pin, Unpin)):
-                effects.append(self._pin(operation, pins))
+            elif isinstance(operation, (Pin, Unpin, Collect, Restore)):
+                if pins is None:
+                    pins = dict(catalog.pins())
+                if isinstance(operation, Collect):
+                    why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
+                    if why is not None:
+                        raise _Refused(Verdict.CONFLICT, why)
+                    if not all(_is_key(key) for key in operation.dead):
+                        raise _Refused(Verdict.INVALID, "a key that cannot be one")
+                    horizon = msgspec.structs.replace(
+                        horizon, kept=operation.kept, start=operation.start
+                    )
+                    effects.append(SetHorizon(horizon, operation))
+                elif isinstance(operation, Restore):
+                    horizon = self._restored(operation, horizon, pins)
+                    restoring = True
+                    effects.append(SetHorizon(horizon, None))
+                else:
+                    effects.append(self._pin(operation, pins, horizon))
+            elif isinstance(operation, Retain):
+                if operation.age_ns < 0 or operation.versions < 0:
+                    raise _Refused(Verdict.INVALID, "less than nothing to keep")
+                horizon = msgspec.structs.replace(
+                    horizon, age_ns=operation.age_ns, versions=operation.versions
+                )
+                effects.append(SetHorizon(horizon, None))
             else:
                 whole = len(operation.session) == SESSION_BYTES and 0 < operation.sequence < 1 << 63
                 if not whole or session_start(operation.session) > self.version:
@@ -576,25 +642,45 @@ class Judge:
                     fenced[operation.session] = state
         return next_id
 
-
-    def _pin(self, operation: Pin | Unpin, pins: dict[str, int | None]) -> SetPin:
-        """Return the effect; `pins` is what the record has done to snapshots so far."""
+    def _pin(self, operation: Pin | Unpin, pins: dict[str, int], horizon: Horizon) -> SetPin:
+        """Return the effect; `pins` are the snapshots so far, and are changed."""
         name = operation.name
         if not is_name(name):
             raise _Refused(Verdict.INVALID, "a name that cannot be one")
-        known = pins[name] if name in pins else self.catalog.pin(name)
         if isinstance(operation, Unpin):
-            if known is None:
+            if pins.pop(name, None) is None:
                 raise _Refused(Verdict.NOT_FOUND, f"snapshot {name!r}")
-            pins[name] = None
             return SetPin(name, -1)
-        if known is not None:
-            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         version = operation.version or self.version
+        if name in pins and not (operation.lock and pins[name] == version):
+            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         if not 0 < version <= self.version:
             raise _Refused(Verdict.INVALID, f"snapshot {name!r} of version {version}")
+        _check_kept(version, horizon, pins)
+        until_ns, lock = operation.locked_until_ns, operation.lock
+        if not 0 <= until_ns < 1 << 63 or len(lock) > _MAX_LOCK_CHARACTERS:
+            raise _Refused(Verdict.INVALID, f"the lock of snapshot {name!r}")
         pins[name] = version
-        return SetPin(name, version)
+        return SetPin(name, version, until_ns, lock)
+
+    def _restored(self, operation: Restore, horizon: Horizon, pins: Mapping[str, int]) -> Horizon:
+        if not 0 <= operation.version < self.version:
+            raise _Refused(Verdict.INVALID, f"version {operation.version}")
+        _check_kept(operation.version, horizon, pins)
+        return msgspec.structs.replace(horizon, restored=self.version)
+
+
+def _check_upload(began: int, horizon: Horizon) -> None:
+    if began < horizon.start:
+        detail = f"an upload that began at version {began}, before {horizon.start}: it is void"
+        raise _Refused(Verdict.CONFLICT, detail)
+
+
+def _check_kept(version: int, horizon: Horizon, pins: Mapping[str, int]) -> None:
+    if not horizon.keeps(version, pins.values()):
+        raise _Refused(
+            Verdict.INVALID, f"version {version}, of those from {horizon.kept} on that are kept"
+        )
 
 
 def _is_key(key: str) -> bool:

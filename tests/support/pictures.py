@@ -1,4 +1,4 @@
-"""What can be seen of a pool as plain data, and random changes to it, for comparing versions."""
+"""What can be seen of a pool, as plain data, and random changes to it."""
 
 import random
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 import everpool
 
-_PLACES = [0, 100, 1 << 20, 1 << 29]
+PLACES = [0, 100, 1 << 20, 1 << 29]
 
 
 def picture(pool: Any) -> dict[str, Any]:
@@ -16,8 +16,9 @@ def picture(pool: Any) -> dict[str, Any]:
 
 
 def plain(found: Any) -> Any:
+    """Return what can be seen of one object."""
     if isinstance(found, everpool.Memory):
-        return "memory", found.size, [found.read(place, 60) for place in _PLACES]
+        return "memory", found.size, [found.read(place, 60) for place in PLACES]
     if isinstance(found, everpool.Array):
         return "array", found[...].tolist()
     if isinstance(found, np.ndarray):
@@ -42,7 +43,7 @@ def change(pool: Any, choose: random.Random) -> None:
             pool.allocate_array("array", 50, "i8")
         pool.array("array")[choose.randrange(50)] = choose.randrange(100)
     elif memory in pool:
-        place = choose.choice(_PLACES)
+        place = choose.choice(PLACES)
         if kind < 0.85:
             pool.memory(memory).write(place, choose.randbytes(30))
         else:

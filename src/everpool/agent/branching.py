@@ -18,14 +18,14 @@ from everpool.errors import ExistsError, NotFoundError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
 from everpool.segments.checkpoints import write_manifest, write_pages, write_runs
 from everpool.segments.format import Manifest
-from everpool.store import Store, open_store
+from everpool.store import Store, open_store, without_secrets
 
 _PAGES_AT_ONCE = 256
 
 
 def branch(past: PastEngine, parent: str, url: str, pin: Callable[[], None]) -> None:
     """Make a pool at `url` that begins as `past`, of the pool at `parent`."""
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     with contextlib.closing(open_store(url)) as store:
         with contextlib.suppress(NotFoundError):
             store.get(MARKER)
@@ -42,17 +42,18 @@ def write_start(past: PastEngine, store: Store, pool: bytes) -> str:
     """
     index, blocks = past.replica.index, past.blocks
     pages: dict[tuple[int, int], bytes] = {}
+    began = past.replica.version()
     places = [(id, block) for id, known in blocks.dirty().items() for block in known]
     for at in range(0, len(places), _PAGES_AT_ONCE):
         part = places[at : at + _PAGES_AT_ONCE]
         for id, block in part:
             blocks.fill_if_there(id, [(block << BLOCK_SHIFT, BLOCK_BYTES)])
-        written = write_pages(store, (blocks.copy(id, block) for id, block in part))
+        written = write_pages(store, began, (blocks.copy(id, block) for id, block in part))
         pages.update((place, page.row()) for place, page in zip(part, written, strict=True))
     with index.env.begin(buffers=True) as txn:
         state = index.state(txn)
-        runs = write_runs(store, index.dump(txn), 0, state.version)
-        rows = index.rows_of(txn, set(), set(), pages, state.version)
-        runs += write_runs(store, rows, 1, state.version)
+        runs = write_runs(store, began, index.dump(txn), 0, state.version)
+        rows = index.rows_of(txn, set(), set(), pages, set(), state.version)
+        runs += write_runs(store, began, rows, 1, state.version)
     manifest = Manifest(pool, state.version, 0, state.hash, state.time_ns, runs, [])
-    return write_manifest(store, manifest)
+    return write_manifest(store, began, manifest)

@@ -8,6 +8,7 @@ The folder of a pool on a host:
     agent.log       what agents said on their stderr
     start.lock      held by a client that starts an agent
     clients/PID     a process that has, or had, the pool open
+    past/           replicas of the past, each of one process (see `scratch`)
     REPLICA/        the replica: `index/`, `shared`, `values/`, `staging/`; its name is random
 
 A replica counts under the boot in which it was made, and while the log agrees with it. Otherwise
@@ -25,6 +26,8 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
+
+from msgspec.structs import replace
 
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
@@ -79,7 +82,10 @@ class Host:
         self._pool = pool
         # Why the log cannot be reached, as far as is known.
         self.trouble = ""
-        # Held while an entry is played or a block is published.
+        # Held by the one thread that reads the log and plays what it reads, so that each entry is
+        # read once, and played once and in order. It may wait for the network.
+        self._reading = threading.RLock()
+        # Held while one entry is played or a block is published. Taken behind `_reading`.
         self.playing = threading.RLock()
         self._downloads: dict[str, threading.Lock] = {}
         self._downloading = threading.Lock()
@@ -87,6 +93,11 @@ class Host:
         self._session = b""
         self._results: dict[RecordId, Result] = {}
         self._open_newest()
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether the pool began with a version of another one."""
+        return bool(self._start)
 
     @property
     def name(self) -> str:
@@ -105,7 +116,7 @@ class Host:
 
     def close(self) -> None:
         """Close the replica; it stays for the next agent."""
-        with self.playing:
+        with self._reading, self.playing:
             self.blocks.close()
             self.replica.close()
         self.log.close()
@@ -118,7 +129,7 @@ class Host:
 
         Does not return when the log is not the one that was played: see `leave`.
         """
-        with self.playing:
+        with self._reading:
             while True:
                 items = self._asked(self._read)
                 if not items:
@@ -129,7 +140,8 @@ class Host:
                         )
                     return
                 for item in items:
-                    self._play(item)
+                    with self.playing:
+                        self._play(item)
 
     def _read(self) -> list[Appended]:
         """Return what comes next, also when it was trimmed before it was played here."""
@@ -263,6 +275,19 @@ class Host:
         return self.player.knows(position, hash)
 
     # What clients ask for
+
+    def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
+        """Bring blocks of memory in; see `BlockMemories.fill`."""
+        try:
+            self.blocks.fill(id, ranges)
+        except CorruptionError:
+            # Pages of an old checkpoint may have been collected.
+            before = self._flushed
+            self.sync()
+            self.adopt()
+            if self._flushed == before:
+                raise
+            self.blocks.fill(id, ranges)
 
     def download(self, reference: Reference) -> None:
         """Bring a large value into the cache, once for all who ask."""
@@ -421,6 +446,11 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
+            # What the parent has let go of, and its objects, are the parent's business.
+            version = manifest.version
+            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
+            for key in [key for key, _, _ in index.garbage(txn)]:
+                index.drop_garbage(txn, key)
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version

@@ -1,11 +1,10 @@
 """A pool as it was: a private replica, begun from a checkpoint and played up to a version.
 
-It lives in the process that asked for it, in a folder of its own that goes with it. It costs the
-index of names; pages and values come when they are touched, as everywhere.
+It lives in the process that asked for it, in a folder that goes with that. It costs the index of
+names; pages and values come when they are touched, as everywhere.
 """
 
-import shutil
-import tempfile
+import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from everpool import forks
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.checking import Check
 from everpool.agent.host import LOG, make_replica
+from everpool.agent.scratch import Scratch
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
@@ -28,7 +28,7 @@ from everpool.replica.player import Player
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.segments.checkpoints import read_manifest, read_pages
-from everpool.segments.format import Manifest, Past
+from everpool.segments.format import Past
 from everpool.store import Store
 from everpool.values import Encoded
 
@@ -61,7 +61,7 @@ class History:
         self.places: list[Past] = [] if start else [Past(0, 0, 0, "")]
         if manifest:
             newest = read_manifest(store, manifest)
-            self.places += [*newest.past, place_of(newest, manifest)]
+            self.places += [*newest.past, newest.place(manifest)]
 
     def close(self) -> None:
         """Close the log."""
@@ -82,10 +82,12 @@ class History:
         found = [place for place in self.places if place.time_ns <= time_ns]
         place = found[-1] if found else self.places[0]
         version = place.version
-        for item in self._log.history(place.position):
-            if item.time_ns > time_ns:
-                break
-            version += len(decode_entry(item.entry).records)
+        # What was collected cannot be looked at, wherever in there the time is.
+        with contextlib.suppress(NotFoundError):
+            for item in self._log.history(place.position):
+                if item.time_ns > time_ns:
+                    break
+                version += len(decode_entry(item.entry).records)
         return version
 
     def play(self, player: Player, blocks: BlockMemories, place: Past, version: int) -> None:
@@ -107,11 +109,6 @@ class History:
         raise NotFoundError(f"the pool's newest version is {reached}: {version} is in the future")
 
 
-def place_of(manifest: Manifest, key: str) -> Past:
-    """Return where a replica may begin that has a manifest's checkpoint."""
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)
-
-
 class PastEngine:
     """The engine of a pool as it was at one version; nothing can be changed through it.
 
@@ -120,6 +117,7 @@ class PastEngine:
 
     def __init__(
         self,
+        folder: Path,
         store: Store,
         history: History,
         pool: bytes,
@@ -128,8 +126,8 @@ class PastEngine:
         reopener: tuple[Callable[..., Any], tuple[Any, ...]],
         make_values: Callable[[Path], CachedValues] | None = None,
     ) -> None:
-        """`make_values` returns the large values for the replica in a folder, when these are not
-        fetched from the store.
+        """`folder` is where the replica gets a folder of its own; `make_values` returns its large
+        values, when these are not fetched from the store.
         """
         self.read_only = True
         self.timeout_s = timeout_s
@@ -139,21 +137,22 @@ class PastEngine:
         self._version = version
         self._store = store
         self._make_values = make_values
-        self._folder = Path(tempfile.mkdtemp(prefix="everpool-past-"))
         try:
-            try:
-                self._open(history, pool, version)
-            finally:
-                history.close()
+            with contextlib.closing(history):
+                self._scratch = Scratch(folder)
+                try:
+                    self._open(history, pool, version)
+                except BaseException:
+                    self._scratch.remove()
+                    raise
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._store.close()
+            store.close()
             raise
 
     def _open(self, history: History, pool: bytes, version: int) -> None:
         place = history.before(version)
         name = uuid.uuid4().hex
-        path = make_replica(self._folder, name, self._store, pool, place.key)
+        path = make_replica(self._scratch.path, name, self._store, pool, place.key)
         store = self._store
         self.blocks = BlockMemories(name, lambda rows: read_pages(store, rows), threading.RLock())
         if self._make_values is None:
@@ -183,7 +182,7 @@ class PastEngine:
         """Close the replica and remove its folder; views that are in use live on."""
         self.blocks.close()
         self.replica.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.remove()
         self._store.close()
 
     def reopener(self, read_only: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -224,7 +223,7 @@ class PastEngine:
 
     def outcome(self, id: RecordId) -> tuple[str, int | None, list[bytes]]:
         """Return what had become of a record."""
-        found = decided(self.replica.index, id)
+        found = decided(self.replica.index, [id]).get(id)
         if found is None:
             raise InvalidError(f"{id} was not decided at version {self._version}: ask the pool")
         return found
@@ -253,8 +252,18 @@ class PastEngine:
         """Refuse: ask the pool of today."""
         raise self._refusal()
 
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Refuse: ask the pool of today."""
+        raise self._refusal()
+
     def checkpoint(self) -> int:
         """Refuse: the past does not change."""
+        raise self._refusal()
+
+    def collect(
+        self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
+    ) -> dict[str, Any]:
+        """Refuse: ask the pool of today."""
         raise self._refusal()
 
     def stats(self) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from everpool.errors import (
     NotFoundError,
 )
 from everpool.replica.layout import no_pool
-from everpool.store import Data, Listed, Object, Store, open_store
+from everpool.store import Data, Listed, Object, Store, open_store, without_secrets
 
 MARKER = "everpool.json"
 _FORMAT = 1
-_SHARED = ("checkpoints/", "index/", "pages/", "values/")
+SHARED = ("checkpoints/", "index/", "pages/", "values/")
 _MOST_PARENTS = 32
 
 
@@ -133,13 +133,13 @@ def open_pool_store(url: str, marker: Marker | None = None) -> Store:
     store = open_store(url)
     stores = [store]
     try:
-        where = url.partition("?")[0]
+        where = without_secrets(url)
         known = read_marker(store, where) if marker is None else marker
         while known.parent:
             if len(stores) > _MOST_PARENTS:
                 raise CorruptionError(f"the branches at {where} form a circle")
             stores.append(open_store(known.parent))
-            known = read_marker(stores[-1], known.parent.partition("?")[0])
+            known = read_marker(stores[-1], without_secrets(known.parent))
     except BaseException:
         for opened in stores:
             opened.close()
@@ -169,7 +169,7 @@ class SharingStore:
         return self._having(key)[-1].get_ranges(key, ranges)
 
     def _having(self, key: str) -> Sequence[Store]:
-        return self._stores if key.startswith(_SHARED) else self._stores[:1]
+        return self._stores if key.startswith(SHARED) else self._stores[:1]
 
     def get_if_changed(self, key: str, e_tag: str) -> Object | None:
         """Return an object of the pool's own, unless it has that tag."""

@@ -21,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from everpool.agent.collector import Collector
 from everpool.agent.commits import Commits, ending_the_process
 from everpool.agent.connection import Connection
+from everpool.agent.failures import leave_failure
 from everpool.agent.host import LOG, Host, folder_name
 from everpool.agent.outcomes import commit, settle
 from everpool.agent.pools import Marker, open_pool_store, read_marker
@@ -37,11 +39,13 @@ from everpool.errors import (
 )
 from everpool.log.bucket import BucketLog
 from everpool.records import Record, RecordId, Reference
+from everpool.replica.batch import Result
 from everpool.replica.index import translated
-from everpool.store import open_store
-from everpool.verdict import Verdict
+from everpool.store import open_store, without_secrets
 
 IDLE_S = float(os.environ.get("EVERPOOL_AGENT_IDLE_S", "10"))
+# How often the store is looked through for what nothing needs.
+COLLECT_S = float(os.environ.get("EVERPOOL_COLLECT_S", "3600"))
 _POLL_S = 1.0
 _RETRY_S = 0.5
 _TEND_AGAIN_S = 10.0
@@ -64,8 +68,10 @@ class Server:
         pool, start = (None, "") if marker is None else (marker.pool(), marker.start)
         self.host = Host(folder, pool, store, self._log, start)
         self.commits = Commits(self.host)
-        self._steward = Steward(self.host, self._commit)
+        self._steward = Steward(self.host, self.commit_own)
         self._stewarding = threading.Lock()
+        self._collection: Collection | None = None
+        self._collect_at = time.monotonic() + random.uniform(0.5, 1.5) * COLLECT_S
         self.workers = ThreadPoolExecutor(_WORKERS, "everpool-worker")
         self._connections: set[Connection] = set()
         self._mutex = threading.Lock()
@@ -185,10 +191,9 @@ class Server:
 
     # Checkpoints
 
-    def _commit(self, record: Record) -> None:
-        result = commit(self.commits, record)
-        if result.verdict is not Verdict.COMMITTED:
-            raise UnavailableError(f"{result.detail}: somebody else was faster: try again")
+    def commit_own(self, record: Record) -> Result:
+        """Commit a record of the agent's own; see `outcomes.commit`."""
+        return commit(self.commits, record)
 
     def checkpoint(self) -> int:
         """Make a checkpoint now; returns its version."""
@@ -205,10 +210,48 @@ class Server:
                     self._ending.wait(random.uniform(0, 2 * _POLL_S))
                     if self._steward.due():
                         self.checkpoint()
+                self._collect_when_due()
             except EverpoolError as error:
                 if not self._ending.is_set():
                     print(f"everpool agent: no checkpoint: {error}", file=sys.stderr, flush=True)
                 self._ending.wait(_TEND_AGAIN_S)
+
+    # Collection
+
+    def _collect_when_due(self) -> None:
+        """Collect now and then, unless somebody else did, or nothing was committed."""
+        if time.monotonic() < self._collect_at:
+            return
+        self._collect_at = time.monotonic() + random.uniform(0.5, 1.5) * COLLECT_S
+        state = self.host.replica.state()
+        if state.time_ns - state.horizon.collected_ns > COLLECT_S / 2 * 1e9:
+            with self._stewarding:
+                Collector(self.host, self.commit_own).collect()
+
+    def collect(self, begin: bool, dry_run: bool) -> dict[str, Any]:
+        """Begin a collection, unless one is under way; returns how far it is."""
+        with self._mutex:
+            if begin and (self._collection is None or self._collection.done):
+                self._collection = Collection(self, dry_run)
+                self._collection.start()
+            current = self._collection
+        if current is None:
+            raise UnavailableError("the agent that was collecting is gone: begin again")
+        return current.look()
+
+    def collect_all(self, collector: Collector, dry_run: bool) -> None:
+        """Collect as one who waits for it wants it: with everything that was committed before."""
+        if dry_run:
+            collector.collect(dry_run)
+            return
+        self.checkpoint()
+        with self._stewarding:
+            dead = collector.collect()
+        if dead and not self.host.replica.state().horizon.age_ns:
+            # Nothing old is to be kept: once no replica begins before, all of it may go.
+            self.checkpoint()
+            with self._stewarding:
+                collector.collect()
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the host's replica."""
@@ -222,6 +265,33 @@ class Server:
             "seconds_behind": behind_s if self.host.trouble or behind_s > 2 * _POLL_S else 0.0,
             "trouble": self.host.trouble,
         }
+
+
+class Collection(threading.Thread):
+    """One collection that somebody asked for."""
+
+    def __init__(self, server: Server, dry_run: bool) -> None:
+        super().__init__(name="everpool-collection", daemon=True)
+        self._server = server
+        self._dry_run = dry_run
+        self._collector = Collector(server.host, server.commit_own)
+        self._error: EverpoolError | None = None
+        self.done = False
+
+    def run(self) -> None:
+        """Collect."""
+        with ending_the_process():
+            try:
+                self._server.collect_all(self._collector, self._dry_run)
+            except EverpoolError as error:
+                self._error = error
+            self.done = True
+
+    def look(self) -> dict[str, Any]:
+        """Return how far it is; raises what it failed with."""
+        if self._error is not None:
+            raise self._error
+        return {"done": self.done, **vars(self._collector.progress)}
 
 
 def _hello(
@@ -252,7 +322,7 @@ def _version(server: Server) -> int:
 
 
 def _fetch(server: Server, id: int, ranges: list[tuple[int, int]]) -> bool:
-    server.host.blocks.fill(id, ranges)
+    server.host.fetch(id, ranges)
     return True
 
 
@@ -280,6 +350,10 @@ def _checkpoint(server: Server) -> int:
     return server.checkpoint()
 
 
+def _collect(server: Server, begin: bool, dry_run: bool) -> dict[str, Any]:
+    return server.collect(begin, dry_run)
+
+
 def _stats(server: Server) -> dict[str, Any]:
     return server.stats()
 
@@ -293,6 +367,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "sync": _sync,
     "outcomes": _outcomes,
     "checkpoint": _checkpoint,
+    "collect": _collect,
     "stats": _stats,
     "strangers": _strangers,
 }
@@ -305,7 +380,7 @@ def _marker(folder: Path, url: str) -> Marker | None:
 
     Raises `ClosedError` when there is another pool by now, which others have a folder for.
     """
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     try:
         with contextlib.closing(open_store(url)) as store:
             marker = read_marker(store, where)
@@ -340,8 +415,7 @@ def main() -> None:
                 Server(folder, url, lock).serve()
     except EverpoolError as error:
         print(f"everpool agent: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            (folder / "agent.error").write_text(f"{type(error).__name__}\n{error}")
+        leave_failure(folder, error)
         raise SystemExit(1) from None
 
 

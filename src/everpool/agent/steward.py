@@ -21,9 +21,12 @@ from typing import NamedTuple
 import lmdb
 
 from everpool.agent.host import Host
+from everpool.collection import needed_places
 from everpool.errors import UnavailableError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
-from everpool.records import Checkpoint, Floor, Record
+from everpool.records import Checkpoint, Floor, Record, Reference
+from everpool.replica.batch import Result, keys_in
+from everpool.replica.bulk import key_of_value
 from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.flush import floor_of
 from everpool.replica.index import State
@@ -33,8 +36,8 @@ from everpool.segments.checkpoints import (
     write_pages,
     write_runs,
 )
-from everpool.segments.format import Manifest, Page, Past, Row, Run
-from everpool.verdict import Add, Bind, BindMemory, Store, Unbind
+from everpool.segments.format import Manifest, Page, Row, Run
+from everpool.verdict import Add, Bind, BindMemory, SetHorizon, Store, Unbind, Verdict
 
 # A checkpoint is due when this much was committed since the last one.
 DUE_VERSIONS = int(os.environ.get("EVERPOOL_CHECKPOINT_VERSIONS", "8192"))
@@ -42,7 +45,6 @@ DUE_BYTES = 16 << 20
 _LAST_BLOCKS = 1024
 _ROUNDS = 8
 _MOST_DELTAS = 7
-_PASTS = 1024
 
 Place = tuple[int, int]
 
@@ -50,15 +52,17 @@ Place = tuple[int, int]
 class _Changed(NamedTuple):
     names: set[str]
     ids: set[int]
+    garbage: set[str]
 
 
 class Steward:
     """Makes checkpoints of one host's pool. One thread at a time."""
 
-    def __init__(self, host: Host, commit: Callable[[Record], object]) -> None:
-        """`commit` returns when the record is committed, and raises when it is not."""
+    def __init__(self, host: Host, commit: Callable[[Record], Result]) -> None:
+        """`commit` returns what became of a record."""
         self._host = host
         self._commit = commit
+        self._began = 0
 
     def due(self) -> bool:
         """Whether enough was committed since the last checkpoint."""
@@ -81,17 +85,19 @@ class Steward:
             raise UnavailableError("the checkpoint before is not taken over yet: try again")
         if before.version == before.checkpoint:
             return before.version
+        self._began = before.version
         pages = self._upload_most()
         with host.playing:
             txn = host.replica.index.env.begin(buffers=True)
             state = host.replica.index.state(txn)
             rest = self._take(self._left(pages))
         with txn:
-            places = write_pages(host.store, (data for _, _, data in rest))
+            places = write_pages(host.store, self._began, (data for _, _, data in rest))
             for (place, last, _), page in zip(rest, places, strict=True):
                 pages[place] = (last, page)
             runs = self._write_runs(txn, state, previous, pages)
-        past = [] if previous is None else [*previous.past, _past_of(previous, before.manifest)]
+            pins = [pin.version for _, pin in host.replica.index.pins(txn)]
+        past = [] if previous is None else [*previous.past, previous.place(before.manifest)]
         manifest = Manifest(
             state.pool,
             state.version,
@@ -99,13 +105,16 @@ class Steward:
             state.hash,
             state.time_ns,
             runs,
-            past[-_PASTS:],
+            needed_places(past, pins, state.horizon.kept),
         )
-        key = write_manifest(host.store, manifest)
+        key = write_manifest(host.store, self._began, manifest)
         now = host.replica.state()
         floor = floor_of(host.replica.index, now, state.version)
-        operations = [Floor(floor), Checkpoint(state.version, key)]
-        self._commit(Record(now.version, [], [], [], list(operations)))
+        built_on = 0 if previous is None else previous.version
+        operations = [Floor(floor), Checkpoint(state.version, key, built_on, self._began)]
+        result = self._commit(Record(now.version, [], [], [], list(operations)))
+        if result.verdict is not Verdict.COMMITTED:
+            raise UnavailableError(f"{result.detail}: somebody else was faster: try again")
         host.adopt()
         host.log.trim(manifest.position, key.encode())
         return state.version
@@ -128,7 +137,8 @@ class Steward:
                 self._fetch(part)
                 with self._host.playing:
                     taken = self._take(part)
-                places = write_pages(self._host.store, (data for _, _, data in taken))
+                written = (data for _, _, data in taken)
+                places = write_pages(self._host.store, self._began, written)
                 for (place, last, _), page in zip(taken, places, strict=True):
                     pages[place] = (last, page)
         return pages
@@ -178,24 +188,25 @@ class Steward:
         base = sum(run.size for run in kept if not run.after)
         if previous is None or len(deltas) >= _MOST_DELTAS or size > max(base, _LAST_BLOCKS):
             dumped: Iterator[Row] = iter(index.dump(txn))
-            runs = write_runs(store, dumped, 0, state.version)
-            places = index.rows_of(txn, set(), set(), rows, state.version)
-            return [*runs, *write_runs(store, places, 1, state.version)]
-        changed = self._changed(txn, previous.version)
-        delta = index.rows_of(txn, changed.names, changed.ids, rows, previous.version)
-        return [*kept, *write_runs(store, delta, previous.version, state.version)]
+            runs = write_runs(store, self._began, dumped, 0, state.version)
+            places = index.rows_of(txn, set(), set(), rows, set(), state.version)
+            return [*runs, *write_runs(store, self._began, places, 1, state.version)]
+        names, ids, garbage = self._changed(txn, previous.version)
+        delta = index.rows_of(txn, names, ids, rows, garbage, previous.version)
+        return [*kept, *write_runs(store, self._began, delta, previous.version, state.version)]
 
     def _changed(self, txn: lmdb.Transaction, after: int) -> _Changed:
-        """Return which names and memory the entries after a version changed."""
-        changed = _Changed(set(), set())
+        """Return which names, memory and dead objects the entries after a version changed."""
+        changed = _Changed(set(), set(), set())
         for _, row in self._host.replica.index.tail_after(txn, after):
             for _, effect, resolved in effects_of(entry_of(row), row):
                 if isinstance(effect, (Bind, BindMemory, Unbind)):
                     changed.names.add(effect.name)
                 if isinstance(effect, (BindMemory, Unbind, Store, Add)):
                     changed.ids.add(resolved.id)
+                if isinstance(effect, SetHorizon) and effect.record is not None:
+                    changed.garbage.update(effect.record.dead)
+                    changed.garbage.update(keys_in(resolved.old))
+                if isinstance(effect, (Bind, Store)) and isinstance(effect.payload, Reference):
+                    changed.garbage.add(key_of_value(effect.payload.file))
         return changed
-
-
-def _past_of(manifest: Manifest, key: str) -> Past:
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)

@@ -21,18 +21,15 @@ from everpool.replica.bulk import (
     Sealed,
     Staged,
     damage_of,
+    key_of_value,
     map_file,
     stored_bytes,
 )
+from everpool.segments.format import new_name
 from everpool.store import Store
 
 _PIECE_BYTES = 4 << 20
 _PIECES_AT_ONCE = 8
-
-
-def key_of_value(file: str) -> str:
-    """Return the key of the segment that holds a value."""
-    return f"values/{file}"
 
 
 class Uploaded(Staged):
@@ -66,7 +63,7 @@ class CachedValues(BulkFiles):
 
     def stage(self, pieces: Iterable[bytes | memoryview], size: int) -> Staged:
         """Upload `size` bytes as a new segment; memory needed: a few parts of the upload."""
-        name = f"{self._version():x}-{uuid.uuid4().hex}"
+        name = new_name(self._version())
         sealed = Sealed(pieces, size)
         self._store.put_pieces(key_of_value(name), sealed, stored_bytes(size))
         return Uploaded(Reference(name, size, sealed.checksum))

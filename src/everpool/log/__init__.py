@@ -6,8 +6,10 @@ all, durability, and an end that is not stale. It may deliver an entry twice whe
 it twice: duplicates, gaps and reordered entries of a session are sorted out by the verdict.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
+
+from everpool.store import Listed
 
 NOTE_BYTES = 16 << 10
 """How long the note of a trim may be."""
@@ -107,5 +109,14 @@ class ArchivedLog(Log, Protocol):
         """Yield the entries behind `after`, trimmed or not, up to `last`, or to the end.
 
         Raises `NotFoundError` for entries that were collected.
+        """
+        ...
+
+    def garbage(self, kept: Sequence[tuple[int, int]]) -> Iterator[Listed]:
+        """Yield the objects that only trimmed entries outside of all spans need.
+
+        A span (after, last) is the positions behind `after` up to `last`. They may be deleted, in
+        this order, by anybody, at any time. What is yielded depends on nothing that is deleted
+        only later.
         """
         ...

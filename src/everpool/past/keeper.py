@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import lmdb
 
-from everpool.agent.past import place_of
 from everpool.commit import Committer, Submission
 from everpool.errors import ClosedError, UnavailableError
 from everpool.interrupts import NOTICE_S, check, deferred
@@ -53,6 +52,7 @@ _ROUNDS = 8
 _ROWS_AT_ONCE = 32
 _MOST_DELTAS = 7
 _PASTS = 1024
+_PAGES = b"1"  # what the keys of pages begin with
 _NOTHING = bytes(_BLOCK_BYTES)
 
 Place = tuple[int, int]
@@ -180,18 +180,14 @@ class Keeper:
 
         It stays when the process dies in between, until the same is done again.
         """
-        known = {pin[0] for pin in self.pins()}
+        with self._replica.index.read() as txn:
+            known = {pin[0] for pin in self._replica.index.pins(txn)}
         unpin: list[Operation] = [Unpin(name)] if name in known else []
         self._commit([*unpin, Pin(name, version)])
         try:
             yield
         finally:
             self._commit([Unpin(name)])
-
-    def pins(self) -> list[tuple[str, int, int]]:
-        """Return name, version and time of all snapshots."""
-        with self._replica.index.read() as txn:
-            return self._replica.index.pins(txn)
 
     @contextlib.contextmanager
     def _steward(self, timeout_s: float) -> Iterator[None]:
@@ -225,9 +221,10 @@ class Keeper:
             previous = self.past.manifest(store, state.manifest)
             if previous is None and not state.version:
                 return 0  # the empty pool needs no checkpoint to begin with
-            changes = Changes(state.version if previous is None else previous.version)
+            began = state.version
+            changes = Changes(began if previous is None else previous.version)
             if previous is None:
-                changes.blocks = self._all_blocks(state.version)
+                changes.blocks = self._all_blocks(began)
             copied = self._copy_most(store, changes, progress, skip_zeros=previous is None)
             if previous is not None and self._is_same(changes):
                 return previous.version
@@ -236,10 +233,10 @@ class Keeper:
                 self._write(store, rest, copied, state.version)
                 pages = {place: one.page.row() for place, one in copied.items() if one.page}
                 runs = self._write_runs(store, txn, state, previous, changes, pages)
-            began = self.past.marker()
+            marker = self.past.marker()
             places = [] if previous is None else previous.past
             if previous is not None:
-                places = [*places, place_of(previous, replica.state().manifest)]
+                places = [*places, previous.place(replica.state().manifest)]
             manifest = Manifest(
                 state.pool,
                 state.version,
@@ -249,13 +246,13 @@ class Keeper:
                 runs,
                 places[-_PASTS:],
             )
-            key = write_manifest(store, manifest)
+            key = write_manifest(store, began, manifest)
             if previous is not None:
                 after = previous.position
             else:
-                after = 0 if began is not None and not began.began else state.position
+                after = 0 if marker is not None and not marker.began else state.position
             self._archive(store, state, after)
-            self._commit([Checkpoint(state.version, key)])
+            self._commit([Checkpoint(state.version, key, state.checkpoint, began)])
             return state.version
 
     def _is_same(self, changes: Changes) -> bool:
@@ -368,7 +365,7 @@ class Keeper:
     def _write(
         self, store: Store, part: dict[Place, bytes], copied: dict[Place, Copied], applied: int
     ) -> None:
-        pages = write_pages(store, part.values())
+        pages = write_pages(store, applied, part.values())
         for place, page in zip(part, pages, strict=True):
             copied[place] = Copied(applied, page)
 
@@ -391,15 +388,15 @@ class Keeper:
         after = 0 if previous is None else previous.version
         is_whole = previous is None or len(deltas) >= _MOST_DELTAS or size > max(base, 1 << 20)
         names, ids = (set[str](), set[int]()) if is_whole else (changes.names, changes.ids)
-        rows = index.rows_of(txn, names, ids, _alive(index, txn, pages), after)
+        rows = index.rows_of(txn, names, ids, _alive(index, txn, pages), set(), after)
         if not is_whole:
-            return [*kept, *write_runs(store, list(rows), after, state.version)]
+            return [*kept, *write_runs(store, state.version, list(rows), after, state.version)]
         new = (row for row in rows if is_page(row[0]))
         stored = _pages_of(store, kept)
         known: dict[bytes, bool] = {}
         merged = (row for row in _merged([*stored, new]) if _is_alive(index, txn, row[0], known))
         rest = (row for row in index.dump(txn) if not is_page(row[0]))
-        return write_runs(store, chain(merged, rest), 0, state.version)
+        return write_runs(store, state.version, chain(merged, rest), 0, state.version)
 
 
 def _busy(who: str, timeout_s: float) -> UnavailableError:
@@ -419,9 +416,10 @@ def _pages_of(store: Store, runs: list[Run]) -> list[Iterator[Row]]:
     def pages(some: list[Run]) -> Iterator[Row]:
         for run in some:
             for row in read_run(store, run):
-                if not is_page(row[0]):
-                    return  # they come first
-                yield row
+                if is_page(row[0]):
+                    yield row
+                elif row[0] > _PAGES:
+                    return
 
     return [pages(list(some)) for _, some in groupby(runs, key=lambda run: run.version)]
 

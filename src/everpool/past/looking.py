@@ -2,11 +2,12 @@
 
 import mmap
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from everpool.agent.past import History, PastEngine, place_of
+from everpool.agent.past import History, PastEngine
 from everpool.agent.values import CachedValues
 from everpool.errors import CorruptionError, InvalidError
 from everpool.past.entries import PathEntries
@@ -36,7 +37,7 @@ class PathHistory(History):
         if marker is not None and not marker.began:
             self.places.append(Past(0, 0, 0, ""))  # the empty pool
         if manifest is not None:
-            self.places += [*manifest.past, place_of(manifest, state.manifest)]
+            self.places += [*manifest.past, manifest.place(state.manifest)]
         if not self.places:
             raise InvalidError(f"{folder.path.parent} keeps no past yet: {_HOW}")
 
@@ -122,6 +123,7 @@ def open_at(
         store.close()
         raise
     return PastEngine(
+        Path(tempfile.gettempdir(), f"everpool-past-{os.getuid()}"),
         store,
         history,
         state.pool,

@@ -97,7 +97,7 @@ def back_up(
             there = Manifest(
                 pool, version, 0, manifest.hash, manifest.time_ns, manifest.runs, []
             )
-            start = write_manifest(store, there)
+            start = write_manifest(store, version, there)
         try:
             put_backup(store, pool, state.pool, start, e_tag)
         except ConflictError:

@@ -60,7 +60,7 @@ class Applier:
             load_writes(self._replica.index, batch.txn, judge.writes, judge.version)
         judge.catalog = batch
         judge.version, judge.floor, judge.next_id = state.version, state.floor, state.next_id
-        judge.checkpoint = state.checkpoint
+        judge.checkpoint, judge.horizon = state.checkpoint, state.horizon
         self._judge = judge
         return judge
 

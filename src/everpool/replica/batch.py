@@ -4,8 +4,11 @@ from collections import deque
 from typing import NamedTuple
 
 import lmdb
+import msgspec
 
-from everpool.records import Payload, RecordId, Reference, payload_size
+from everpool.collection import MOST_COLLECTED, Horizon, is_needed, upload_version
+from everpool.records import Collect, Payload, RecordId, Reference, payload_size
+from everpool.replica.bulk import key_of_value
 from everpool.replica.effects import PendingStores, add_numbers
 from everpool.replica.index import (
     BULK,
@@ -14,6 +17,7 @@ from everpool.replica.index import (
     Index,
     MemoryRow,
     NameRow,
+    PinRow,
     Resolved,
     State,
     TailRow,
@@ -30,6 +34,7 @@ from everpool.verdict import (
     SetCheckpoint,
     SetFence,
     SetFloor,
+    SetHorizon,
     SetPin,
     Store,
     Unbind,
@@ -102,8 +107,8 @@ class Batch:
             known[session] = self._index.session(self.txn, session)
         return known[session]
 
-    def pin(self, name: str) -> int | None:
-        return self._index.pin(self.txn, name)
+    def pins(self) -> dict[str, int]:
+        return {name: pin.version for name, pin in self._index.pins(self.txn)}
 
     def apply(self, version: int, effect: Effect) -> Resolved:
         """Put one effect into the index; returns what it came to."""
@@ -122,6 +127,7 @@ class Batch:
         id, payload = effect.id, effect.payload
         if isinstance(payload, Reference):
             self.garbage.append(payload.file)
+            self._revive(payload)
         if self._pending is not None:
             self._pending.store(id, effect.offset, self._data(payload))
         return Resolved(id, 0, self._touch(id, version))
@@ -132,6 +138,8 @@ class Batch:
         if old is None:
             self.state.names += 1
         self._bind(name, _value_row(effect.id, version, effect.payload))
+        if isinstance(effect.payload, Reference):
+            self._revive(effect.payload)
         return Resolved(effect.id, effect.replaced, self._removed(old))
 
     def _add(self, version: int, effect: Add) -> Resolved:
@@ -173,13 +181,18 @@ class Batch:
             case SetCheckpoint(checkpoint, key):
                 self.state.checkpoint, self.state.manifest = checkpoint, key
                 return Resolved()
-            case SetPin(name, pinned):
-                self._index.put_pin(self.txn, name, pinned, self.time_ns)
+            case SetPin(name, pinned, until_ns, lock):
+                pin = PinRow(pinned, self.time_ns, until_ns, lock)
+                self._index.put_pin(self.txn, name, pin if pinned >= 0 else None)
                 return Resolved(0, max(pinned, 0))
             case SetFence(session, state):
                 if state is not None:
                     self.sessions[session] = state
                 return Resolved()
+            case SetHorizon(horizon, record):
+                assert horizon is not None, "a new effect says what is kept"
+                self.state.horizon = horizon
+                return Resolved() if record is None else self._collect(version, horizon, record)
             case _:
                 raise AssertionError(f"no such effect: {effect}")
 
@@ -192,6 +205,25 @@ class Batch:
             self.garbage.append(file)
             return ""
         return file
+
+    def _collect(self, version: int, horizon: Horizon, record: Collect) -> Resolved:
+        """Note what is dead, and forget what nothing needs; the result has the latter's keys."""
+        index, txn = self._index, self.txn
+        self.state.horizon = msgspec.structs.replace(horizon, collected_ns=self.time_ns)
+        gone = [
+            key
+            for key, began, dead in index.garbage(txn)
+            if not is_needed(began, dead, record.start, record.islands)
+        ][:MOST_COLLECTED]
+        for key in gone:
+            index.drop_garbage(txn, key)
+        for key in record.dead:
+            index.put_garbage(txn, key, upload_version(key), version)
+        return Resolved(old="\n".join(gone).encode())  # see `keys_in`
+
+    def _revive(self, payload: Reference) -> None:
+        if self.state.horizon.start:
+            self._index.drop_garbage(self.txn, key_of_value(payload.file))
 
     def finish(self, row: TailRow) -> None:
         """Write the rows that the entry's records share, and trim the tail a little."""
@@ -299,6 +331,11 @@ class Known(NamedTuple):
     sessions: dict[bytes, SessionState]
     rows: dict[str, NameRow | None]
     memory: dict[int, MemoryRow | None]
+
+
+def keys_in(result: bytes) -> list[str]:
+    """Return the keys of what a `Collect` let go of, by the result that it came to."""
+    return result.decode().splitlines()
 
 
 def _value_row(id: int, version: int, payload: Payload) -> NameRow:

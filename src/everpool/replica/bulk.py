@@ -104,7 +104,7 @@ class BulkFiles:
         """Return the name of a new staged file and a descriptor that holds its lock."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         while True:
-            name = uuid.uuid4().hex
+            name = _new_name()
             descriptor = os.open(self._staging / name, flags, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
@@ -127,7 +127,7 @@ class BulkFiles:
         the disk has hard links, no bytes are copied. Raises `FileNotFoundError`.
         """
         while True:
-            name = uuid.uuid4().hex
+            name = _new_name()
             path = self._staging / name
             try:
                 os.link(self.find(reference.file), path)
@@ -217,6 +217,13 @@ class BulkFiles:
             os.close(descriptor)
 
 
+def _new_name() -> str:
+    """Return a name that, where there is a backup of the pool, stands for one of old: names of
+    objects in a bucket begin with the version at which their upload began.
+    """
+    return f"0-{uuid.uuid4().hex}"
+
+
 def map_at(path: Path, reference: Reference) -> mmap.mmap:
     """Map the bulk file at a path; raises as `map_file` does, and `FileNotFoundError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -224,6 +231,11 @@ def map_at(path: Path, reference: Reference) -> mmap.mmap:
         return map_file(descriptor, reference)
     finally:
         os.close(descriptor)
+
+
+def key_of_value(file: str) -> str:
+    """Return the key of the segment that holds a value, in a store."""
+    return f"values/{file}"
 
 
 def map_file(descriptor: int, reference: Reference) -> mmap.mmap:

@@ -12,6 +12,7 @@ from everpool.errors import CorruptionError
 from everpool.records import (
     Allocate,
     Checkpoint,
+    Collect,
     Delete,
     Entry,
     Fence,
@@ -20,6 +21,8 @@ from everpool.records import (
     Operation,
     Pin,
     Put,
+    Restore,
+    Retain,
     Unpin,
     Write,
     decode_entry,
@@ -33,6 +36,7 @@ from everpool.verdict import (
     SetCheckpoint,
     SetFence,
     SetFloor,
+    SetHorizon,
     SetPin,
     Store,
     Unbind,
@@ -83,10 +87,14 @@ def _effect(operation: Operation, resolved: Resolved) -> Effect:
             return SetFence(session, None)
         case Checkpoint(version, key):
             return SetCheckpoint(version, key)
-        case Pin(name, _):
-            return SetPin(name, resolved.size)
+        case Pin(name, _, until_ns, lock):
+            return SetPin(name, resolved.size, until_ns, lock)
         case Unpin(name):
             return SetPin(name, -1)
+        case Collect():
+            return SetHorizon(None, operation)
+        case Retain() | Restore():
+            return SetHorizon(None, None)
 
 
 class PendingStores:

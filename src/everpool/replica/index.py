@@ -5,6 +5,8 @@ row's key, so that neither a damaged nor a misplaced row is taken for a sound on
 
     key                               row
     "/"                               room for the newest entries (see `ring`)
+    "0" key of an object              version at which its upload began (8), version from which on
+                                      nothing names it (8)
     "1" object id, block (8 + 8)      XXH3-64 of a block of memory (8)
     "2" name (see `_place`)           kind (1 byte), object id (8), version (8), size (8), body:
                                       an inline value, a `Reference`, or an array's header
@@ -12,7 +14,7 @@ row's key, so that neither a damaged nor a misplaced row is taken for a sound on
     "4" object id (8, big-endian)     version (8), size (8), name: memory
     "5" session                       MessagePack, `SessionState`
     "6"                               MessagePack, `State`
-    "7"                               MessagePack, snapshots: name to version and time
+    "7"                               MessagePack, snapshots: name to `PinRow`
 
 All of it is one B-tree, and what every commit changes stands at its end, so that a small commit
 changes few pages.
@@ -36,6 +38,7 @@ import lmdb
 import msgspec
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from everpool.collection import Horizon
 from everpool.errors import (
     ClosedError,
     CorruptionError,
@@ -55,12 +58,13 @@ _MAP_BYTES = 1 << 42
 _MAX_READERS = 4096
 _CLOSE_S = 5.0
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096
-_BLOCKS, _NAMES, _TAIL, _MEMORIES, _SESSIONS, _STATE = b"1", b"2", b"3", b"4", b"5", b"6"
-_PINS = b"7"
+_GARBAGE, _BLOCKS, _NAMES, _TAIL, _MEMORIES = b"0", b"1", b"2", b"3", b"4"
+_SESSIONS, _STATE, _PINS = b"5", b"6", b"7"
 _TAIL_END = _MEMORIES
 _NAME = struct.Struct("<BQQQ")
 BODY = _NAME.size
 _MEMORY = struct.Struct("<QQ")
+_LIFE = struct.Struct("<QQ")
 _LONG_NAME_BYTES = 500
 _SCAN_ROWS = 8192
 
@@ -69,7 +73,7 @@ class State(msgspec.Struct, array_like=True):
     """Where the replica is in its log. `hash` is the running hash at `position`.
 
     Memory up to version `flushed` can be had without the tail. `checkpoint` is the version of the
-    newest checkpoint in the log, and `manifest` its key.
+    newest checkpoint in the log, and `manifest` its key; `horizon` is what is kept of the past.
     """
 
     format: int
@@ -85,6 +89,7 @@ class State(msgspec.Struct, array_like=True):
     time_ns: int
     checkpoint: int = 0
     manifest: str = ""
+    horizon: Horizon = Horizon()
 
 
 class NameRow(NamedTuple):
@@ -98,6 +103,15 @@ class NameRow(NamedTuple):
 
     def reference(self) -> Reference:
         return _decode_reference(self.body)
+
+
+class PinRow(msgspec.Struct, array_like=True, frozen=True):
+    """A snapshot: its version, and the time when it was made; see `records.Pin` for the rest."""
+
+    version: int
+    time_ns: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class MemoryRow(NamedTuple):
@@ -150,13 +164,30 @@ _decode_state = msgspec.msgpack.Decoder(State).decode
 _decode_session = msgspec.msgpack.Decoder(SessionState).decode
 _decode_tail = msgspec.msgpack.Decoder(TailRow).decode
 _decode_reference = msgspec.msgpack.Decoder(Reference).decode
-_decode_pins = msgspec.msgpack.Decoder(dict[str, tuple[int, int]]).decode
+_decode_pins = msgspec.msgpack.Decoder(dict[str, PinRow]).decode
 _decode_long = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
 
 
 def is_page(key: bytes) -> bool:
     """Whether the row with that key tells where a page of memory is."""
     return key[:1] == _BLOCKS
+
+
+def page_in(key: bytes, row: bytes) -> bytes:
+    """Return where a page of memory is, from its row as `Index.dump` yields it."""
+    return bytes(_unseal(key, memoryview(row), "the row of a page"))
+
+
+def files_in(key: bytes, row: bytes) -> list[str]:
+    """Return the files that the names of a row refer to, from the row as `Index.dump` yields it."""
+    if key[:1] != _NAMES:
+        return []
+    names = {key: row}
+    if key[-1] == 0:
+        long = _decode_long(_unseal(key, memoryview(row), "a row of long names"))
+        names = {key[:-1] + rest: sealed for rest, sealed in long.items()}
+    rows = (_name_row(name, memoryview(sealed), repr(name)) for name, sealed in names.items())
+    return [row.reference().file for row in rows if row.kind == BULK]
 
 
 def key_of(number: int) -> bytes:
@@ -464,34 +495,46 @@ class Index:
 
     # Snapshots
 
-    def pin(self, txn: lmdb.Transaction, name: str) -> int | None:
-        """Return the version of a snapshot."""
-        return dict(self._pins(txn)).get(name, (None, 0))[0]
-
-    def put_pin(self, txn: lmdb.Transaction, name: str, version: int, time_ns: int) -> None:
-        """Keep a snapshot, or drop it when `version` is -1."""
-        pins = dict(self._pins(txn))
-        if version < 0:
-            del pins[name]
+    def put_pin(self, txn: lmdb.Transaction, name: str, pin: PinRow | None) -> None:
+        """Keep a snapshot, or drop it."""
+        pins = self._pins(txn)
+        if pin is None:
+            pins.pop(name, None)
         else:
-            pins[name] = (version, time_ns)
+            pins[name] = pin
         txn.put(_PINS, _seal(_PINS, encode(pins)))
 
-    def pins(self, txn: lmdb.Transaction) -> list[tuple[str, int, int]]:
-        """Return name, version and time of all snapshots, oldest version first."""
-        found = [(name, version, time_ns) for name, (version, time_ns) in self._pins(txn).items()]
-        return sorted(found, key=lambda pin: pin[1])
+    def pins(self, txn: lmdb.Transaction) -> list[tuple[str, PinRow]]:
+        """Return all snapshots, oldest version first."""
+        return sorted(self._pins(txn).items(), key=lambda pin: pin[1].version)
 
-    def _pins(self, txn: lmdb.Transaction) -> dict[str, tuple[int, int]]:
+    def _pins(self, txn: lmdb.Transaction) -> dict[str, PinRow]:
         row = _get(txn, _PINS)
         return {} if row is None else _decode_pins(_unseal(_PINS, row, "the snapshots"))
+
+    # Objects in the store that nothing names any more
+
+    def garbage(self, txn: lmdb.Transaction) -> Iterator[tuple[str, int, int]]:
+        """Yield the keys of dead objects, with the versions between which they lived."""
+        for rest, row in _under(txn, _GARBAGE):
+            began, dead = _LIFE.unpack_from(_unseal(_GARBAGE + rest, row, "a dead object's row"))
+            yield rest.decode(), began, dead
+
+    def put_garbage(self, txn: lmdb.Transaction, key: str, began: int, dead: int) -> None:
+        """Note that nothing has named an object since version `dead`."""
+        whole = _GARBAGE + key.encode()
+        txn.put(whole, _seal(whole, _LIFE.pack(began, dead)))
+
+    def drop_garbage(self, txn: lmdb.Transaction, key: str) -> None:
+        """Forget that an object is dead."""
+        txn.delete(_GARBAGE + key.encode())
 
     # Whole rows, for checkpoints
 
     def dump(self, txn: lmdb.Transaction) -> Iterator[tuple[bytes, bytes]]:
         """Yield all rows as they are stored, in the order of their keys."""
         with _cursor(txn) as cursor:
-            if cursor.set_range(_BLOCKS):
+            if cursor.set_range(_GARBAGE):
                 for key, row in cursor.iternext():
                     yield bytes(key), bytes(row)
 
@@ -501,11 +544,15 @@ class Index:
         names: set[str],
         ids: set[int],
         pages: dict[tuple[int, int], bytes],
+        garbage: set[str],
         after: int,
     ) -> Iterator[tuple[bytes, bytes | None]]:
-        """Yield the stored rows of names and memory, of given pages, of the tail's entries after
-        a version, and of sessions and state, in the order of their keys; None for what is gone.
+        """Yield the stored rows of names and memory, of given pages and dead objects, of the tail's
+        entries after a version, and of sessions and state, in the order of their keys; None for
+        what is gone.
         """
+        for key in sorted(_GARBAGE + one.encode() for one in garbage):
+            yield key, _copy(_get(txn, key))
         for (id, block), row in sorted(pages.items()):
             key = _BLOCKS + key_of(id) + key_of(block)
             yield key, _seal(key, row)
@@ -597,6 +644,20 @@ class Index:
             found = cursor.set_range(prefix)
             while found and bytes(cursor.key()[: len(prefix)]) == prefix:
                 found = cursor.delete()
+
+    def bulk_files(self, txn: lmdb.Transaction) -> Iterator[str]:
+        """Yield the files of all large values, in the order of their names."""
+        for key, row in _under(txn, _NAMES):
+            whole = _NAMES + key
+            rows = self._long(txn, whole).values() if whole[-1] == 0 else (row,)
+            for one in rows:
+                if one[0] == BULK:
+                    yield _decode_reference(one[BODY:-8]).file
+
+    def page_rows(self, txn: lmdb.Transaction) -> Iterator[bytes]:
+        """Yield the rows of all pages."""
+        for _, row in _under(txn, _BLOCKS):
+            yield bytes(row[:-8])
 
     def memory_ids(self, txn: lmdb.Transaction) -> Iterator[int]:
         """Yield the ids of all memory objects."""

@@ -24,18 +24,21 @@ _ROW_BYTES = 32
 _SEGMENT_BYTES = 64 << 20
 
 
-def write_pages(store: Store, pages: Iterable[bytes | bytearray]) -> list[Page]:
-    """Upload pages, in as few segments as will do; returns where each is, in order."""
+def write_pages(store: Store, began: int, pages: Iterable[bytes | bytearray]) -> list[Page]:
+    """Upload pages, in as few segments as will do; returns where each is, in order.
+
+    `began` is the version at which this, and what follows it, began.
+    """
     found: list[Page] = []
     pieces: list[bytes | bytearray] = []
-    name, offset = new_name(), 0
+    name, offset = new_name(began), 0
     for page in pages:
         found.append(Page(name, offset, len(page), xxh3_64_intdigest(page)))
         pieces.append(page)
         offset += len(page)
         if offset >= _SEGMENT_BYTES:
             store.put_pieces(key_of_pages(name), pieces, offset)
-            name, offset, pieces = new_name(), 0, []
+            name, offset, pieces = new_name(began), 0, []
     if pieces:
         store.put_pieces(key_of_pages(name), pieces, offset)
     return found
@@ -85,7 +88,9 @@ def read_pages(store: Store, rows: Sequence[bytes]) -> list[bytes]:
     return found
 
 
-def write_runs(store: Store, rows: Iterable[Row], after: int, version: int) -> list[Run]:
+def write_runs(
+    store: Store, began: int, rows: Iterable[Row], after: int, version: int
+) -> list[Run]:
     """Upload rows, which are in the order of their keys, as runs of some megabytes each."""
     runs: list[Run] = []
     part: list[Row] = []
@@ -94,16 +99,16 @@ def write_runs(store: Store, rows: Iterable[Row], after: int, version: int) -> l
         part.append((key, row))
         size += len(key) + len(row or b"") + _ROW_BYTES
         if size >= _RUN_BYTES:
-            runs.append(_write_run(store, part, after, version))
+            runs.append(_write_run(store, began, part, after, version))
             part, size = [], 0
     if part:
-        runs.append(_write_run(store, part, after, version))
+        runs.append(_write_run(store, began, part, after, version))
     return runs
 
 
-def _write_run(store: Store, rows: list[Row], after: int, version: int) -> Run:
+def _write_run(store: Store, began: int, rows: list[Row], after: int, version: int) -> Run:
     data = encode_run(rows)
-    key = f"index/{new_name()}"
+    key = f"index/{new_name(began)}"
     store.put(key, data)
     return Run(key, len(data), after, version)
 
@@ -119,9 +124,9 @@ def read_runs(store: Store, runs: Iterable[Run]) -> Iterator[Row]:
         yield from read_run(store, run)
 
 
-def write_manifest(store: Store, manifest: Manifest) -> str:
+def write_manifest(store: Store, began: int, manifest: Manifest) -> str:
     """Upload a manifest, whose parts are there; returns its key."""
-    key = f"checkpoints/{manifest.version:016x}-{new_name()}"
+    key = f"checkpoints/{manifest.version:016x}-{new_name(began)}"
     store.put(key, encode_manifest(manifest))
     return key
 

@@ -1,6 +1,7 @@
 """The bytes of a checkpoint's objects. None of them ever changes.
 
-A *manifest* (`checkpoints/VERSION-RANDOM`) and a *run* (`index/RANDOM`) look alike (integers are
+A *name* is 32 hexadecimal digits: the version at which the upload began, and 8 random bytes. A
+*manifest* (`checkpoints/VERSION-NAME`) and a *run* (`index/NAME`) look alike (integers are
 little-endian):
 
     offset size
@@ -14,7 +15,7 @@ little-endian):
 A run holds rows of the replica's index in the order of their keys; a row of nil says that there is
 none. Later runs of a manifest count over earlier ones.
 
-A *page segment* (`pages/RANDOM`) is nothing but pages: blocks of memory, one behind the other. An
+A *page segment* (`pages/NAME`) is nothing but pages: blocks of memory, one behind the other. An
 index row says where a page is (36 bytes):
 
     0   16  the segment: its name is `pages/` and these bytes in hexadecimal digits
@@ -23,8 +24,8 @@ index row says where a page is (36 bytes):
     28   8  XXH3-64 of the page
 """
 
+import os
 import struct
-import uuid
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -74,6 +75,10 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     runs: list[Run]
     past: list[Past]
 
+    def place(self, key: str) -> Past:
+        """Return what later manifests keep of this one, which is under `key`."""
+        return Past(self.version, self.time_ns, self.position, key)
+
 
 class Page(NamedTuple):
     """Where a page is."""
@@ -94,9 +99,9 @@ def read_page_row(row: bytes) -> Page:
     return Page(segment.hex(), offset, length, checksum)
 
 
-def new_name() -> str:
-    """Return a name for a new segment."""
-    return uuid.uuid4().hex
+def new_name(began: int) -> str:
+    """Return a name for a new object, whose upload begins at version `began`."""
+    return f"{began:016x}{os.urandom(8).hex()}"
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -146,7 +151,9 @@ def _unseal(magic: bytes, key: str, data: bytes | memoryview) -> bytes | memoryv
         raise CorruptionError(f"{key} is cut short: {len(data)} bytes: restore it from a copy")
     found, version, _, key_id, checksum = _HEADER.unpack_from(data)
     if found != magic:
-        raise CorruptionError(f"{key} begins with {found!r} instead of {magic!r}")
+        raise CorruptionError(
+            f"{key} begins with {found!r} instead of {magic!r}: restore it from a copy"
+        )
     if version != FORMAT:
         raise InvalidError(f"{key} has format {version}, this version reads {FORMAT}: upgrade")
     body = data[_HEADER.size :]

@@ -19,10 +19,12 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from everpool.collection import Horizon, is_needed, upload_version
 from everpool.errors import CorruptionError, NotFoundError
 from everpool.log import Appended
 from everpool.records import (
     EMPTY_HASH,
+    Collect,
     Payload,
     RecordId,
     Reference,
@@ -43,6 +45,7 @@ from everpool.verdict import (
     SetCheckpoint,
     SetFence,
     SetFloor,
+    SetHorizon,
     SetPin,
     Store,
     Unbind,
@@ -114,6 +117,11 @@ class Index:
         self.position = 0
         self.hash = EMPTY_HASH
         self.time_ns = 0
+        self.newest_checkpoint: tuple[int, str] = (0, "")
+        self.snapshots: dict[str, int] = {}
+        self.horizon = Horizon()
+        # Dead objects: when their uploads began, and since when nothing names them.
+        self.garbage: dict[str, tuple[int, int]] = {}
 
     def copy(self) -> "Index":
         """Return a draft, which may be changed without changing this index."""
@@ -124,6 +132,8 @@ class Index:
         draft.sessions = self.sessions.copy()
         draft.outcomes = self.outcomes.copy()
         draft.recent = self.recent.copy()
+        draft.snapshots = self.snapshots.copy()
+        draft.garbage = self.garbage.copy()
         draft.tail = self.tail.copy()
         return draft
 
@@ -137,8 +147,8 @@ class Index:
     def session(self, session: bytes) -> SessionState | None:
         return self.sessions.get(session)
 
-    def pin(self, name: str) -> int | None:
-        return None
+    def pins(self) -> dict[str, int]:
+        return self.snapshots
 
 
 class Disk:
@@ -183,6 +193,10 @@ class Checkpoint(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     sessions: list[tuple[bytes, SessionState]]
     outcomes: list[tuple[bytes, int, Outcome]]
     writes: WritesDump
+    checkpoint: tuple[int, str]
+    snapshots: list[tuple[str, int]]
+    horizon: Horizon
+    garbage: list[tuple[str, tuple[int, int]]]
 
 
 class MemoryReplica:
@@ -209,7 +223,13 @@ class MemoryReplica:
         for version, effects in index.recent:
             note_effects(writes, version, effects)
         self._judge = self.judge_type(
-            index, writes, version=index.version, floor=index.floor, next_id=index.next_id
+            index,
+            writes,
+            version=index.version,
+            floor=index.floor,
+            next_id=index.next_id,
+            checkpoint=index.newest_checkpoint[0],
+            horizon=index.horizon,
         )
         self._hashes = {index.position: index.hash}
 
@@ -355,6 +375,7 @@ class MemoryReplica:
             match effect:
                 case Bind(name, id, payload):
                     draft.names[name] = Row(id, -1, payload)
+                    _revive(draft, payload)
                 case BindMemory(name, id, size, header):
                     draft.names[name] = Row(id, size, header)
                     draft.memory[id] = size
@@ -365,6 +386,7 @@ class MemoryReplica:
                     if draft.memory.pop(id, None) is not None:
                         draft.tail.append(Step(version, id, 0))
                 case Store(id, offset, payload):
+                    _revive(draft, payload)
                     self._store(draft, pending, version, id, offset, self._bytes(payload))
                 case Add(id, offset, dtype, delta):
                     memory = self._pending(pending, id)
@@ -377,8 +399,18 @@ class MemoryReplica:
                         draft.sessions[session] = state
                 case SetFloor(floor):
                     draft.floor = floor
-                case SetCheckpoint() | SetPin():
-                    pass
+                case SetCheckpoint(checkpoint, key):
+                    draft.newest_checkpoint = (checkpoint, key)
+                case SetPin(name, pinned):
+                    if pinned < 0:
+                        del draft.snapshots[name]
+                    else:
+                        draft.snapshots[name] = pinned
+                case SetHorizon(horizon, record):
+                    assert horizon is not None
+                    draft.horizon = horizon
+                    if record is not None:
+                        results.append(_collect(draft, version, record))
         if decision.effects:
             draft.recent.append((version, decision.effects))
         return tuple(results)
@@ -464,6 +496,10 @@ class MemoryReplica:
                     if outcome.version >= floor
                 ],
                 self._dump_writes(floor),
+                index.newest_checkpoint,
+                sorted(index.snapshots.items()),
+                index.horizon,
+                sorted(index.garbage.items()),
             )
         )
 
@@ -493,12 +529,34 @@ class MemoryReplica:
             RecordId(session, sequence): outcome for session, sequence, outcome in found.outcomes
         }
         index.old_writes = found.writes
+        index.newest_checkpoint = found.checkpoint
+        index.snapshots, index.horizon = dict(found.snapshots), found.horizon
+        index.garbage = dict(found.garbage)
         index.version, index.floor, index.next_id = found.version, found.floor, found.next_id
         index.position, index.hash, index.time_ns = found.position, found.hash, found.time_ns
         disk.memory = {id: bytearray(content) for id, content in found.memory}
         disk.applied = index.version
         disk.flush()
         return cls(disk, forgetful=forgetful, files=files)
+
+
+def _collect(draft: Index, version: int, record: Collect) -> bytes:
+    """Note what is dead, and forget what nothing needs; returns the keys of that."""
+    gone = [
+        key
+        for key, (began, dead) in sorted(draft.garbage.items())
+        if not is_needed(began, dead, record.start, record.islands)
+    ]
+    for key in gone:
+        del draft.garbage[key]
+    for key in record.dead:
+        draft.garbage[key] = (upload_version(key), version)
+    return "\n".join(gone).encode()
+
+
+def _revive(draft: Index, payload: Payload) -> None:
+    if isinstance(payload, Reference):
+        draft.garbage.pop(f"values/{payload.file}", None)
 
 
 def add_numbers(old: bytes, delta: bytes, dtype: str) -> bytes:

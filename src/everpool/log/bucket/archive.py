@@ -13,20 +13,23 @@ from everpool.log import Appended
 from everpool.log.bucket.draft import MOST_ENTRIES
 from everpool.log.bucket.format import (
     CHUNKS,
+    ENTRIES,
+    TABLES,
     Head,
     Reference,
     Stored,
     decode_chunk,
     decode_table,
-    entry_key,
+    parse_entry,
     parse_span,
 )
-from everpool.store import Store
+from everpool.store import Listed, Store
 
 _PARALLEL = 8
 _MOST_CHUNKS = 64
 A = TypeVar("A")
 B = TypeVar("B")
+Span = tuple[int, int]
 
 # How much of the chunks is fetched at a time when all is read in order.
 _HISTORY_BYTES = 16 << 20
@@ -66,18 +69,41 @@ class Archive:
         ]
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
-        """Yield the entries behind `after` up to `last`, trimmed or not."""
+        """Yield the entries behind `after` up to `last`, trimmed or not.
+
+        Raises `NotFoundError` behind the last one that is there.
+        """
         found: list[tuple[int, Stored]] = []
         size = 0
-        for position, stored in self._all(head, after, _HISTORY_BYTES):
-            if position > last:
-                break
-            found.append((position, stored))
-            size += stored.size
-            if size >= _HISTORY_BYTES:
-                yield from self._with_bodies(found)
-                found, size = [], 0
+        entries = self._all(head, after, _HISTORY_BYTES)
+        try:
+            for position, stored in entries:
+                if position > last:
+                    break
+                found.append((position, stored))
+                size += stored.size
+                if size >= _HISTORY_BYTES:
+                    yield from self._with_bodies(found)
+                    found, size = [], 0
+        except NotFoundError:
+            yield from self._with_bodies(found)
+            raise
         yield from self._with_bodies(found)
+
+    def keys(self, head: Head, after: int) -> Iterator[str]:
+        """Yield the keys, below the log's prefix, of what holds the entries behind `after`, which
+        must not be trimmed.
+        """
+        waiting = list(head.references)
+        while waiting:
+            reference = waiting.pop()
+            if reference.last > after:
+                yield reference.key
+                if reference.level:
+                    waiting += self._table(reference, head.log_id)
+        for _, stored in self._behind(head, after, _HISTORY_BYTES):
+            if stored.data is None:
+                yield stored.key
 
     def find(self, head: Head, id: bytes, after: int) -> int | None:
         """Return where behind `after` the entry of the append `id` is; None: nowhere.
@@ -88,6 +114,49 @@ class Archive:
             if stored.id == id:
                 return position
         return None
+
+    def garbage(self, head: Head, kept: Sequence[Span]) -> Iterator[Listed]:
+        """Yield what only entries outside of the spans need; see `ArchivedLog.garbage`."""
+        limit = min(head.sealed, head.trimmed)
+        bodies = self._lost_bodies(head, kept, limit)
+        for listed in self._store.list(f"{self._prefix}/{CHUNKS}"):
+            span = parse_span(listed.key)
+            if span is None or span[1] > limit or _meets(span, kept):
+                continue
+            # Its large entries first: nothing else tells of them.
+            for stored in self._chunk(_reference(listed, span), head.log_id):
+                if stored.data is None:
+                    key = f"{self._prefix}/{stored.key}"
+                    yield Listed(key, stored.size, listed.modified_ns)
+                    bodies.pop(key, None)
+            yield listed
+        yield from bodies.values()
+        for listed in self._store.list(f"{self._prefix}/{TABLES}"):
+            span = parse_span(listed.key)
+            if span is not None and span[1] <= limit:
+                yield listed
+
+    def _lost_bodies(self, head: Head, kept: Sequence[Span], limit: int) -> dict[str, Listed]:
+        """Return the large entries of appends that came to nothing, by key."""
+        found: dict[bytes, Listed] = {}
+        first = limit
+        for listed in self._store.list(f"{self._prefix}/{ENTRIES}"):
+            parsed = parse_entry(listed.key)
+            if parsed is None or parsed[0] >= limit:
+                continue
+            put_at, id = parsed
+            if not any(after <= put_at <= last for after, last in kept):
+                found[id] = listed
+                first = min(first, put_at)
+        # An append may have taken a while, so that the entry stands further on.
+        for listed in self._store.list(f"{self._prefix}/{CHUNKS}") if found else ():
+            span = parse_span(listed.key)
+            if span is not None and span[1] > first and (span[1] > limit or _meets(span, kept)):
+                for stored in self._chunk(_reference(listed, span), head.log_id):
+                    found.pop(stored.id, None)
+        for stored in head.entries:
+            found.pop(stored.id, None)
+        return {listed.key: listed for listed in found.values()}
 
     def close(self) -> None:
         """End the threads."""
@@ -151,9 +220,8 @@ class Archive:
                 continue
             if after >= last or span[0] > after + 1:
                 break
-            hash = bytes.fromhex(listed.key.rpartition("-")[2])
-            reference = Reference(0, listed.size, *span, hash)
-            for position, stored in enumerate(self._chunk(reference, log_id), span[0]):
+            chunk = self._chunk(_reference(listed, span), log_id)
+            for position, stored in enumerate(chunk, span[0]):
                 if after < position <= last:
                     after = position
                     yield position, stored
@@ -177,7 +245,7 @@ class Archive:
     def _body(self, stored: Stored) -> bytes:
         if stored.data is not None:
             return stored.data
-        key = entry_key(stored.id)
+        key = stored.key
 
         def fetch() -> bytes:
             data = self._fetch(key)
@@ -203,6 +271,16 @@ class Archive:
                 self._threads = ThreadPoolExecutor(_PARALLEL, "everpool-log")
             results = self._threads.map(function, items)
         return list(results)
+
+
+def _reference(listed: Listed, span: Span) -> Reference:
+    """Return what refers to a chunk, by its name."""
+    return Reference(0, listed.size, *span, bytes.fromhex(listed.key.rpartition("-")[2]))
+
+
+def _meets(span: Span, kept: Sequence[Span]) -> bool:
+    """Whether positions from first to last lie in one of the spans, behind after up to last."""
+    return any(span[0] <= last and span[1] > after for after, last in kept)
 
 
 class _Cache:

@@ -16,6 +16,8 @@ MOST_ENTRIES = 1024
 """How many entries a head, and so a chunk, holds at most."""
 
 _FAN = 32
+# Large entries of so many heads' bytes stand in one head at most: they go with its chunk only.
+_BODIES = 64
 
 
 class Written(NamedTuple):
@@ -37,6 +39,7 @@ class Draft:
         self._old = list(base.entries)
         self._new: list[Stored] = []
         self._used = sum(one.stored_bytes for one in base.entries)
+        self._bodies = sum(one.size for one in base.entries if one.data is None)
         self._trimmed, self._note = base.trimmed, base.note
         self._objects: list[tuple[str, bytes]] = []
 
@@ -53,6 +56,7 @@ class Draft:
             return False
         self._new.append(stored)
         self._used += stored.stored_bytes
+        self._bodies += stored.size if stored.data is None else 0
         return True
 
     def trim(self, position: int, note: bytes) -> None:
@@ -86,7 +90,11 @@ class Draft:
 
     def _full(self, stored: Stored) -> bool:
         count = len(self._old) + len(self._new)
-        return count >= MOST_ENTRIES or self._used + stored.stored_bytes > self._limit_bytes
+        return (
+            count >= MOST_ENTRIES
+            or self._used + stored.stored_bytes > self._limit_bytes
+            or self._bodies > _BODIES * self._limit_bytes
+        )
 
     def _seal(self) -> None:
         """Seal what stood in the head before; never what this swap adds, for it may lose."""
@@ -96,6 +104,7 @@ class Draft:
         self._sealed = reference.last
         self._old = []
         self._used = sum(one.stored_bytes for one in self._new)
+        self._bodies = sum(one.size for one in self._new if one.data is None)
 
     def _fold(self, log_id: bytes) -> None:
         """Keep the head short: of many references of one level, the oldest go into a table."""

@@ -5,7 +5,11 @@ Under the log's prefix there are
     head                                    replaced by every swap
     chunks/FIRST-LAST-HASH                  sealed entries: positions FIRST to LAST, 20 digits each
     tables/FIRST-LAST-HASH                  sealed references to chunks, or to other tables
-    entries/ID                              an entry too large for the head, by its append's id
+    entries/POSITION-ID                     an entry too large for the head, by its append's id;
+                                            the log ended at POSITION (20 digits) when it was put
+
+No head that is trimmed past its POSITION takes up a large entry: it is put again before. So what
+no chunk names by then will never be named.
 
 All but the head are immutable, and written before a head names them. HASH is the XXH3-128 of the
 object's bytes in hexadecimal. A chunk is made of entries that stand in a head already, never of
@@ -59,7 +63,7 @@ and an entry
         24    8  time, nanoseconds since 1970
         32    4  N, length of the entry
         36    1  0: the N bytes follow; 1: they are in an object of their own
-        37    -  the N bytes, or their XXH3-128 (16 bytes)
+        37    -  the N bytes, or their XXH3-128 (16 bytes) and POSITION (8)
 """
 
 import itertools
@@ -83,7 +87,7 @@ _SPAN = struct.Struct("<QQI")
 _REFERENCE = struct.Struct("<B3xIQQ16s")
 _ENTRY = struct.Struct("<16s8sQIB")
 _INLINE, _ELSEWHERE = 0, 1
-_HASH_BYTES = 16
+_BODY = struct.Struct("<16sQ")
 # A table of a table of a table: a log of more levels than this is damaged.
 _LEVELS = 8
 
@@ -92,7 +96,10 @@ CHUNKS, TABLES, ENTRIES = "chunks", "tables", "entries"
 
 
 class Stored(NamedTuple):
-    """An entry as it is stored. `data` is None when its bytes are in an object of its own."""
+    """An entry as it is stored.
+
+    `data` is None when its bytes are in an object of its own, which was put at `put_at`.
+    """
 
     id: bytes
     writer: bytes
@@ -100,11 +107,17 @@ class Stored(NamedTuple):
     size: int
     data: bytes | None
     hash: bytes = b""
+    put_at: int = 0
 
     @property
     def stored_bytes(self) -> int:
         """How much room it takes in a head or chunk."""
-        return _ENTRY.size + (_HASH_BYTES if self.data is None else self.size)
+        return _ENTRY.size + (_BODY.size if self.data is None else self.size)
+
+    @property
+    def key(self) -> str:
+        """Where its bytes are when they are in an object of their own, below the log's prefix."""
+        return f"{ENTRIES}/{self.put_at:020d}-{self.id.hex()}"
 
 
 class Reference(NamedTuple):
@@ -142,17 +155,21 @@ class Head(NamedTuple):
         return self.sealed + len(self.entries)
 
 
-def entry_key(id: bytes) -> str:
-    """Return where the bytes of a large entry are, below the log's prefix."""
-    return f"{ENTRIES}/{id.hex()}"
-
-
 def parse_span(key: str) -> tuple[int, int] | None:
     """Return the first and last position that a chunk's or table's key names."""
     parts = key.rpartition("/")[2].split("-")
     if len(parts) == 3 and parts[0].isdecimal() and parts[1].isdecimal():
         return int(parts[0]), int(parts[1])
     return None
+
+
+def parse_entry(key: str) -> tuple[int, bytes] | None:
+    """Return where the log ended when a large entry was put, and its append's id, by its key."""
+    position, dash, id = key.rpartition("/")[2].partition("-")
+    try:
+        return (int(position), bytes.fromhex(id)) if dash else None
+    except ValueError:
+        return None
 
 
 def encode_head(head: Head) -> bytes:
@@ -285,7 +302,7 @@ def _encode_entries(entries: Sequence[Stored]) -> list[bytes]:
     for one in entries:
         kind = _ELSEWHERE if one.data is None else _INLINE
         parts.append(_ENTRY.pack(one.id, one.writer, one.time_ns, one.size, kind))
-        parts.append(one.hash if one.data is None else one.data)
+        parts.append(_BODY.pack(one.hash, one.put_at) if one.data is None else one.data)
     return parts
 
 
@@ -296,13 +313,13 @@ def _decode_entries(data: bytes, at: int, count: int) -> tuple[list[Stored], int
         id, writer, time_ns, size, kind = _ENTRY.unpack_from(data, at)
         at += _ENTRY.size
         _demand(kind in (_INLINE, _ELSEWHERE) and size > 0, "an entry is of no known kind")
-        length = size if kind == _INLINE else _HASH_BYTES
+        length = size if kind == _INLINE else _BODY.size
         kept = _slice(data, at, length)
         at += length
         if kind == _INLINE:
             found.append(Stored(id, writer, time_ns, size, kept))
         else:
-            found.append(Stored(id, writer, time_ns, size, None, kept))
+            found.append(Stored(id, writer, time_ns, size, None, *_BODY.unpack(kept)))
     return found, at
 
 

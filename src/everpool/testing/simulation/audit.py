@@ -10,17 +10,12 @@ import struct
 from everpool.log import Appended
 from everpool.records import (
     Allocate,
-    Checkpoint,
     Delete,
-    Fence,
     FetchAdd,
-    Floor,
     Operation,
     Payload,
-    Pin,
     Put,
     RecordId,
-    Unpin,
     Write,
     decode_entry,
 )
@@ -73,7 +68,7 @@ class Model:
                     old = self.bytes_of(id, offset, offset + len(delta)) or b""
                     self._store(created, object, offset, _sum(old, delta, dtype))
                     results.append(old)
-                case Floor() | Fence() | Checkpoint() | Pin() | Unpin():
+                case _:  # it changes no names and no bytes
                     pass
         return results
 

@@ -1,0 +1,194 @@
+"""The collector: who deletes what nothing needs any more.
+
+Every agent may be one, and any number at once are harmless: what is let go of, and when, is decided
+by `Collect` records in the log (see `everpool.collection`).
+
+    make a checkpoint, where somebody waits for the collection
+    list the store; what began long ago and is named by nothing in the newest state is dead
+    commit a record that says so, and what is kept; it tells what nothing needs any more
+    delete that, and what of the log's archive only older versions need
+
+Whoever dies in between leaves objects that the next collection finds.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import NamedTuple
+
+import lmdb
+
+from everpool.agent.host import Host
+from everpool.collection import (
+    MOST_COLLECTED,
+    Plan,
+    is_needed,
+    place_of,
+    plan,
+    upload_version,
+)
+from everpool.errors import UnavailableError
+from everpool.records import Collect, Record, Reference, Write
+from everpool.replica.batch import Result, keys_in
+from everpool.replica.bulk import key_of_value
+from everpool.replica.effects import entry_of
+from everpool.replica.index import State
+from everpool.segments.checkpoints import key_of_pages, read_manifest
+from everpool.segments.format import Manifest, Past, read_page_row
+from everpool.verdict import Verdict
+
+_FOLDERS = ("checkpoints", "index", "pages", "values")
+_DELETED_AT_ONCE = 1000
+_END = 1 << 62
+
+
+class Progress:
+    """How far a collection is. `dead` objects may be deleted once nothing old needs them."""
+
+    def __init__(self) -> None:
+        self.listed = 0
+        self.dead = 0
+        self.dead_bytes = 0
+        self.deleted = 0
+        self.deleted_bytes = 0
+        self.kept = 0
+
+
+class _Found(NamedTuple):
+    state: State
+    places: list[Past]
+    pins: list[int]
+    plan: Plan
+    # Keys of dead objects, and of those which were dead before, with their sizes.
+    dead: dict[str, int]
+    gone: dict[str, int]
+
+
+class Collector:
+    """Collects for one host's pool. One thread at a time."""
+
+    def __init__(self, host: Host, commit: Callable[[Record], Result]) -> None:
+        """`commit` returns what became of a record."""
+        self._host = host
+        self._commit = commit
+        self.progress = Progress()
+
+    def collect(self, dry_run: bool = False) -> int:
+        """Find what is dead, and delete what nothing needs; returns how many were newly dead.
+
+        With `dry_run` nothing is changed, and `progress` tells what would be. Raises
+        `UnavailableError` when the store or the log is away, or when somebody else was faster.
+        """
+        host = self._host
+        host.adopt()
+        found = self._look()
+        if found is None:
+            return 0
+        progress, state = self.progress, found.state
+        progress.kept = found.plan.kept
+        progress.dead += len(found.dead)
+        progress.dead_bytes += sum(found.dead.values())
+        if dry_run:
+            progress.deleted += len(found.gone)
+            progress.deleted_bytes += sum(found.gone.values())
+            for listed in host.log.garbage(self._spans(found)):
+                progress.deleted += 1
+                progress.deleted_bytes += listed.size
+            return len(found.dead)
+        # New hosts must not begin with what is about to go.
+        if host.log.end().start.decode() != state.manifest and found.places[-1].position:
+            host.log.trim(found.places[-1].position, state.manifest.encode())
+        left = list(found.dead)
+        changed = found.plan[:2] != (state.horizon.kept, state.horizon.start)
+        while left or found.gone or changed:
+            gone = self._decide(found, left[:MOST_COLLECTED])
+            self._delete((key, found.gone.pop(key, 0)) for key in gone)
+            left, changed = left[MOST_COLLECTED:], False
+            if not gone:
+                found.gone.clear()  # it is needed again, or somebody else deletes it
+        spans = self._spans(found)
+        self._delete((listed.key, listed.size) for listed in host.log.garbage(spans))
+        return len(found.dead)
+
+    def _look(self) -> _Found | None:
+        """List the store, and compare it with the newest state; None without a checkpoint."""
+        host = self._host
+        index = host.replica.index
+        with index.env.begin(buffers=True) as txn:
+            state = index.state(txn)
+            if not state.manifest:
+                return None
+            if state.checkpoint != host.flushed:
+                raise UnavailableError("the newest checkpoint is not taken over yet: try again")
+            pins = [pin.version for _, pin in index.pins(txn)]
+            dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
+            live = self._live(txn)
+        manifest = read_manifest(host.store, state.manifest)
+        places = self._places(manifest, state.manifest)
+        live.update((state.manifest, *(run.key for run in manifest.runs)))
+        planned = plan(places, pins, state.horizon, state.version, state.time_ns)
+        dead: dict[str, int] = {}
+        gone: dict[str, int] = {}
+        for folder in _FOLDERS:
+            for listed in host.store.list(folder):
+                self.progress.listed += 1
+                key = listed.key
+                if key in dead_before:
+                    if not is_needed(*dead_before[key], planned.start, planned.islands):
+                        gone[key] = listed.size
+                elif key not in live and upload_version(key) < planned.start:
+                    dead[key] = listed.size
+        for key, life in dead_before.items():  # those that were deleted already
+            if key not in gone and not is_needed(*life, planned.start, planned.islands):
+                gone[key] = 0
+        return _Found(state, places, pins, planned, dead, gone)
+
+    def _live(self, txn: lmdb.Transaction) -> set[str]:
+        """Return the keys of all pages and values that the newest state names."""
+        index = self._host.replica.index
+        live = {key_of_value(file) for file in index.bulk_files(txn)}
+        live.update(key_of_pages(read_page_row(row).segment) for row in index.page_rows(txn))
+        # What was stored in memory since the checkpoint.
+        for _, row in index.tail_after(txn, self._host.flushed):
+            for record in entry_of(row).records:
+                for operation in record.operations:
+                    if isinstance(operation, Write) and isinstance(operation.payload, Reference):
+                        live.add(key_of_value(operation.payload.file))
+        return live
+
+    def _places(self, manifest: Manifest, key: str) -> list[Past]:
+        places = [*manifest.past, manifest.place(key)]
+        return places if self._host.is_branch else [Past(0, 0, 0, ""), *places]
+
+    def _decide(self, found: _Found, dead: list[str]) -> list[str]:
+        """Commit a `Collect`; returns the keys of what may be deleted."""
+        state, planned = found.state, found.plan
+        operation = Collect(
+            state.version,
+            state.checkpoint,
+            planned.kept,
+            planned.start,
+            planned.islands,
+            dead,
+        )
+        result = self._commit(Record(state.version, [], [], [], [operation]))
+        if result.verdict is not Verdict.COMMITTED:
+            raise UnavailableError(f"nothing more was collected: {result.detail}: try again")
+        return [key for old in result.old for key in keys_in(old)]
+
+    def _spans(self, found: _Found) -> list[tuple[int, int]]:
+        """Return which positions of the log are needed: behind the first, up to the second."""
+        places = found.places
+        spans = [(place_of(places, found.plan.start).position, _END)]
+        for first, pin in found.plan.islands:
+            at = next((at for at, place in enumerate(places) if place.version == first), None)
+            if at is not None:
+                end = next((p.position for p in places[at:] if p.version >= pin), _END)
+                spans.append((places[at].position, end))
+        return spans
+
+    def _delete(self, objects: Iterable[tuple[str, int]]) -> None:
+        following = iter(objects)
+        while part := list(islice(following, _DELETED_AT_ONCE)):
+            self._host.store.delete([key for key, _ in part])
+            self.progress.deleted += len(part)
+            self.progress.deleted_bytes += sum(size for _, size in part)
