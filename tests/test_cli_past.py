@@ -91,6 +91,7 @@ def test_retention_is_shown_and_changed(url: str) -> None:
     assert refused.code != 0 and "30m, 12h, 7d" in refused.err
 
 
+@pytest.mark.parametrize("url", ["bucket"], indirect=True)
 def test_collect_says_what_goes_and_deletes_it(url: str, tmp_path: Path) -> None:
     out_of("retain", url, "--age", "0s", "--versions", "0")
     for number in range(3):

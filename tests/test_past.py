@@ -23,7 +23,6 @@ from support.agents import end_agents
 from support.pictures import change, picture
 from support.processes import Child, ending
 
-
 IN_A_BUCKET = pytest.mark.parametrize("place", ["bucket"], indirect=True)
 
 

@@ -1,5 +1,6 @@
 """The past of a pool at a path: what begins it, what it costs, and what survives a death."""
 
+import datetime
 import os
 import pickle
 import random
@@ -820,3 +821,31 @@ def test_a_backup_and_a_writer_go_on_together(path: Path, tmp_path: Path) -> Non
         finally:
             ending_it.set()
             thread.join()
+
+
+def test_nothing_is_collected_at_a_path_but_in_a_backup_that_goes_on(
+    path: Path, tmp_path: Path
+) -> None:
+    there = f"file://{tmp_path}/backup"
+    with everpool.open(path) as pool:
+        with pytest.raises(InvalidError, match="delete the folder"):
+            pool.collect()
+        pool["large"] = np.arange(100_000)
+        pool.allocate("m", 1 << 20).write(0, b"memory" * 50_000)
+        pool.checkpoint(there)
+    with everpool.open(there, cache_dir=tmp_path / "cache") as backup:
+        kept = backup.snapshot("kept").version
+        backup["large"] = np.arange(50_000)
+        backup.memory("m").write(0, b"MEMORY")
+        backup.retain(age=datetime.timedelta(0), versions=0)
+        for _ in range(3):
+            backup.checkpoint()
+            backup.collect()
+            backup["small"] = 1
+        with backup.at(kept) as past:
+            assert len(past["large"]) == 100_000 and past.memory("m").read(0, 6) == b"memory"
+        backup.restore("kept")
+        backup.forget_snapshot("kept")
+        assert backup.verify().ok and len(backup["large"]) == 100_000
+    with everpool.open(there, cache_dir=tmp_path / "other") as backup:
+        assert backup.verify().ok and len(backup["large"]) == 100_000
