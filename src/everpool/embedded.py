@@ -28,6 +28,7 @@ from everpool.replica.verify import Report, verify_folder, walk_index
 from everpool.values import Encoded
 
 if TYPE_CHECKING:
+    from everpool.agent.collector import Progress
     from everpool.agent.past import PastEngine
     from everpool.past.folder import PastFolder
     from everpool.past.keeper import Keeper
@@ -261,6 +262,7 @@ class Engine:
         version = self._keeper().checkpoint()
         if version:  # else there is nothing yet
             self.flush()
+            self._keeper().collect_soon()
         return version
 
     def _past(self) -> "PastFolder":
@@ -280,15 +282,18 @@ class Engine:
     def _checkpoint_quietly(self) -> None:
         if self.replica.bulk.keeps_past():
             self._keeper().checkpoint_quietly()
+            self._keeper().collect_soon()
 
     def collect(
         self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
     ) -> dict[str, Any]:
-        """Refuse: nothing of the past of a pool at a path is collected."""
-        raise InvalidError(
-            "nothing is collected at a path, where all of the past is kept: to end it, delete the "
-            "folder `past`; to start afresh, `everpool copy` the pool"
-        )
+        """Delete from the past what no version needs that is kept; see `Pool.collect`."""
+
+        def tell(found: "Progress") -> None:
+            if progress is not None:
+                progress(vars(found))
+
+        return vars(self._keeper().collect(dry_run, tell))
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""

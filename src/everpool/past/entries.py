@@ -13,12 +13,21 @@ from everpool.errors import CorruptionError, NotFoundError
 from everpool.log import Appended
 from everpool.log.bucket.archive import Archive
 from everpool.log.bucket.draft import MOST_ENTRIES
-from everpool.log.bucket.format import CHUNKS, Head, Stored, encode_chunk, parse_span
+from everpool.log.bucket.format import (
+    CHUNKS,
+    Head,
+    Reference,
+    Stored,
+    decode_chunk,
+    encode_chunk,
+    parse_span,
+)
 from everpool.past.folder import PastFolder
-from everpool.records import decode_entry
+from everpool.records import Put, Write, decode_entry
+from everpool.records import Reference as Value
 from everpool.replica.index import TailRow
 from everpool.replica.replica import Replica
-from everpool.store import Store
+from everpool.store import Listed, Store
 
 _PREFIX = "log"
 _CHUNK_BYTES = 4 << 20
@@ -95,6 +104,27 @@ class PathEntries:
         return low
 
     # Archiving
+
+    def chunks(self) -> Iterator[tuple[Listed, tuple[int, int]]]:
+        """Yield what is archived, with the first and last position in each."""
+        for listed in self._store.list(f"{_PREFIX}/{CHUNKS}"):
+            span = parse_span(listed.key)
+            if span is not None:
+                yield listed, span
+
+    def files_in(self, listed: Listed) -> set[str]:
+        """Return the large values that the entries of an archived chunk tell of."""
+        span = parse_span(listed.key)
+        assert span is not None
+        hash = bytes.fromhex(listed.key.rpartition("-")[2])
+        data = self._store.get(listed.key).data
+        return {
+            operation.payload.file
+            for stored in decode_chunk(data, Reference(0, listed.size, *span, hash), self._pool)
+            for record in decode_entry(stored.data or b"").records
+            for operation in record.operations
+            if isinstance(operation, (Put, Write)) and isinstance(operation.payload, Value)
+        }
 
     def end(self, after: int) -> int:
         """Return the last position that is archived, or `after` when that is later."""

@@ -27,9 +27,12 @@ from typing import NamedTuple
 
 import lmdb
 
+from everpool.agent.collector import Progress as Collected
+from everpool.collection import needed_places
 from everpool.commit import Committer, Submission
-from everpool.errors import ClosedError, UnavailableError
+from everpool.errors import ClosedError, ConflictError, EverpoolError, UnavailableError
 from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.past.collector import Finder, delete, unfinished
 from everpool.past.entries import PathEntries
 from everpool.past.folder import PastFolder
 from everpool.records import Checkpoint, Operation, Pin, Record, Unpin, payload_size
@@ -51,12 +54,16 @@ _LAST_BLOCKS = 128
 _ROUNDS = 8
 _ROWS_AT_ONCE = 32
 _MOST_DELTAS = 7
-_PASTS = 1024
+# So long after a collection, or after so many checkpoints, the next one is due.
+COLLECT_S = float(os.environ.get("EVERPOOL_COLLECT_S", "3600"))
+_COLLECT_CHECKPOINTS = 64
+_COLLECT_TRIES = 5
 _PAGES = b"1"  # what the keys of pages begin with
 _NOTHING = bytes(_BLOCK_BYTES)
 
 Place = tuple[int, int]
 Progress = Callable[[int, int], None]
+Tell = Callable[[Collected], None]
 
 
 class Copied(NamedTuple):
@@ -131,10 +138,15 @@ class Keeper:
         self._timeout_s = timeout_s
         self._turn = threading.Lock()
         self._closed = False
+        self._collecting: threading.Thread | None = None
+        self._looked_s: float | None = None
+        self._checkpoints = 0
 
     def close(self) -> None:
         """Stop what goes on in the background."""
         self._closed = True
+        if self._collecting is not None:
+            self._collecting.join()
         with self._turn:
             pass
 
@@ -163,6 +175,76 @@ class Keeper:
         if self._replica.bulk.keeps_past():
             with self._steward(0):
                 self._checkpoint(None)
+
+    def collect(self, dry_run: bool = False, tell: Tell | None = None) -> Collected:
+        """Delete from the past what no version needs that is kept; returns what came of it.
+
+        With `dry_run` nothing is changed, and what is returned is what would be.
+        """
+        if not self._replica.bulk.keeps_past():
+            return Collected()
+        with self._steward(self._timeout_s):
+            return self._collect(dry_run, tell)
+
+    def collect_soon(self) -> None:
+        """Begin to collect in the background, when that is due."""
+        if self._closed or not self._collection_is_due():
+            return
+        if self._collecting is not None:
+            if self._collecting.is_alive():
+                return
+            self._collecting.join()
+        self._looked_s, self._checkpoints = time.monotonic(), 0
+        thread = threading.Thread(
+            target=self._collect_quietly, name="everpool-collect", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # too many threads: later
+            thread.start()
+            self._collecting = thread
+
+    def _collection_is_due(self) -> bool:
+        if self._checkpoints >= _COLLECT_CHECKPOINTS:
+            return True
+        if self._looked_s is None:
+            state = self._replica.state()
+            return state.time_ns - state.horizon.collected_ns >= COLLECT_S * 1e9
+        return time.monotonic() - self._looked_s >= COLLECT_S
+
+    def _collect_quietly(self) -> None:
+        with contextlib.suppress(EverpoolError), self._steward(0):
+            self._collect(False, None)
+
+    def _collect(self, dry_run: bool, tell: Tell | None) -> Collected:
+        progress = Collected()
+
+        def deleted(objects: int, size: int) -> None:
+            progress.deleted += objects
+            progress.deleted_bytes += size
+            if tell is not None:
+                tell(progress)
+
+        with contextlib.closing(self.past.open()) as store:
+            for last in reversed(range(_COLLECT_TRIES)):
+                self._pause()
+                found = Finder(self.past, self._replica, store, self._pause).find()
+                progress.kept = self._replica.state().horizon.kept
+                if found is None:
+                    return progress
+                progress.kept = found.record.kept
+                if dry_run:
+                    progress.deleted, progress.deleted_bytes = found.total()
+                    return progress
+                if not found.changed and not found.total()[0]:
+                    return progress
+                try:
+                    self._commit([found.record])
+                except ConflictError as error:  # a snapshot was taken meanwhile
+                    if not last:
+                        raise UnavailableError(f"nothing was collected: {error.message}") from error
+                    continue
+                delete(store, found.steps, deleted, self._pause)
+                break
+        return progress
 
     def find(self, file: str) -> Path:
         """Return where a large value of the pool, or of its past, is."""
@@ -221,6 +303,8 @@ class Keeper:
             previous = self.past.manifest(store, state.manifest)
             if previous is None and not state.version:
                 return 0  # the empty pool needs no checkpoint to begin with
+            if previous is not None or not state.manifest:
+                self._tidy(store, -1 if previous is None else previous.version)
             began = state.version
             changes = Changes(began if previous is None else previous.version)
             if previous is None:
@@ -233,10 +317,12 @@ class Keeper:
                 self._write(store, rest, copied, state.version)
                 pages = {place: one.page.row() for place, one in copied.items() if one.page}
                 runs = self._write_runs(store, txn, state, previous, changes, pages)
+                pins = [pin.version for _, pin in replica.index.pins(txn)]
             marker = self.past.marker()
-            places = [] if previous is None else previous.past
+            places = []
             if previous is not None:
-                places = [*places, previous.place(replica.state().manifest)]
+                places = [*previous.past, previous.place(replica.state().manifest)]
+                places = needed_places(places, pins, max(state.horizon.kept, places[0].version))
             manifest = Manifest(
                 state.pool,
                 state.version,
@@ -244,7 +330,7 @@ class Keeper:
                 state.hash,
                 state.time_ns,
                 runs,
-                places[-_PASTS:],
+                places,
             )
             key = write_manifest(store, began, manifest)
             if previous is not None:
@@ -253,7 +339,16 @@ class Keeper:
                 after = 0 if marker is not None and not marker.began else state.position
             self._archive(store, state, after)
             self._commit([Checkpoint(state.version, key, state.checkpoint, began)])
+            self._checkpoints += 1
             return state.version
+
+    def _tidy(self, store: Store, newest: int) -> None:
+        """Delete what checkpoints left behind since the newest one, whose makers died."""
+        if unfinished(store, newest, self._replica.state().version):
+            # A dead one's last record may be on the disk and not in the index yet.
+            state = self._committer.settled(self._replica.state)
+            if state.checkpoint == max(newest, 0):
+                store.delete(unfinished(store, newest, state.version))
 
     def _is_same(self, changes: Changes) -> bool:
         index = self._replica.index

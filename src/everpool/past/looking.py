@@ -1,5 +1,6 @@
 """A pool at a path as it was: its places to begin from, and its large values where they lie."""
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -9,13 +10,19 @@ from typing import Any
 
 from everpool.agent.past import History, PastEngine
 from everpool.agent.values import CachedValues
-from everpool.errors import CorruptionError, InvalidError
+from everpool.errors import (
+    ClosedError,
+    CorruptionError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
+from everpool.past.collector import earlier_places
 from everpool.past.entries import PathEntries
 from everpool.past.folder import PastFolder
 from everpool.records import Reference
 from everpool.replica.bulk import BulkFiles, map_at
 from everpool.replica.replica import Replica
-from everpool.segments.checkpoints import read_manifest
 from everpool.segments.format import Past
 from everpool.store import Store
 
@@ -68,27 +75,27 @@ class PathHistory(History):
         return super().version_at(time_ns)
 
     def _reach(self, is_enough: Callable[[Past], bool]) -> None:
-        """Go back to earlier places: each manifest keeps only so many."""
+        """Go back to places of which the newest manifest does not tell."""
         at = 1 if not self.places[0].key else 0  # behind the empty pool
-        while len(self.places) > at and not is_enough(self.places[at]):
-            earlier = read_manifest(self._store, self.places[at].key).past
-            if not earlier:
-                return
-            self.places[at:at] = earlier
+        if len(self.places) > at and not is_enough(self.places[at]):
+            self.places[at:at] = earlier_places(self._store, self.places[at].version)
 
 
 class PathValues(CachedValues):
     """The large values of a pool at a path and of its past, mapped where they are."""
 
-    def __init__(self, folder: Path, store: Store, version: int, pool: BulkFiles) -> None:
-        """`folder` is that of the replica, `pool` has the pool's own values."""
+    def __init__(self, folder: Path, store: Store, version: int, pool: Replica) -> None:
+        """`folder` is that of the replica as it was, `pool` is the pool's own."""
         super().__init__(folder, store, lambda: version, self._missing)
+        self._version = version
         self._pool = pool
 
     def _open(self, reference: Reference) -> mmap.mmap:
-        return map_at(self._pool.find(reference.file), reference)
+        return map_at(self._pool.bulk.find(reference.file), reference)
 
     def _missing(self, reference: Reference) -> None:
+        with contextlib.suppress(ClosedError, UnavailableError):  # the pool may be closed by now
+            check_kept(self._pool, self._version)
         raise CorruptionError(
             f"the large value {reference.file} is missing in the pool and its past: restore it "
             "from a copy"
@@ -113,22 +120,41 @@ def open_at(
     state = replica.state()
     if not 0 <= version <= state.version:
         raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
+    check_kept(replica, version)
     pool = os.fspath(folder.path.parent)
     place: tuple[Any, ...] = (pool, version, timeout_s, None)
     store = folder.open()
     try:
-        history = PathHistory(folder, replica, store)
-        history.before(version)
-    except BaseException:
-        store.close()
+        try:
+            history = PathHistory(folder, replica, store)
+            history.before(version)
+        except BaseException:
+            store.close()
+            raise
+        return PastEngine(
+            Path(tempfile.gettempdir(), f"everpool-past-{os.getuid()}"),
+            store,
+            history,
+            state.pool,
+            version,
+            timeout_s,
+            (reopen, place),
+            lambda path: PathValues(path, store, version, replica),
+        )
+    except (CorruptionError, NotFoundError):
+        check_kept(replica, version)  # it may have been collected meanwhile
         raise
-    return PastEngine(
-        Path(tempfile.gettempdir(), f"everpool-past-{os.getuid()}"),
-        store,
-        history,
-        state.pool,
-        version,
-        timeout_s,
-        (reopen, place),
-        lambda path: PathValues(path, store, version, replica.bulk),
-    )
+
+
+def check_kept(replica: Replica, version: int) -> None:
+    """Raise `InvalidError` for a version that was collected."""
+    index = replica.index
+    with index.read() as txn:
+        horizon = index.state(txn).horizon
+        pins = [pin.version for _, pin in index.pins(txn)]
+    if not horizon.keeps(version, pins):
+        raise InvalidError(
+            f"version {version} was collected: versions from {horizon.kept} on are kept, and "
+            "those of snapshots; `pool.retain` says for how long",
+            kept=horizon.kept,
+        )
