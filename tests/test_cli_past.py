@@ -91,6 +91,24 @@ def test_retention_is_shown_and_changed(url: str) -> None:
     assert refused.code != 0 and "30m, 12h, 7d" in refused.err
 
 
+def test_collect_at_a_path_says_what_goes_and_deletes_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "pool")
+    with everpool.open(path) as pool:
+        for number in range(3):
+            pool["number"] = number
+            pool.checkpoint()
+    assert "for 7 days, and the newest 16,384" in out_of("retain", path)
+    out_of("retain", path, "--age", "0s", "--versions", "0")
+    manifests = tmp_path / "pool" / "past" / "checkpoints"
+    assert "would be deleted" in out_of("collect", path, "--dry-run")
+    assert len(list(manifests.iterdir())) == 3
+    assert " deleted, " in out_of("collect", path)
+    assert len(list(manifests.iterdir())) == 1
+    assert json.loads(out_of("collect", path, "--json"))["deleted"] == 0
+    refused = run("recover", path, "--to", "1")
+    assert refused.code != 0 and "was collected" in refused.err
+
+
 @pytest.mark.parametrize("url", ["bucket"], indirect=True)
 def test_collect_says_what_goes_and_deletes_it(url: str, tmp_path: Path) -> None:
     out_of("retain", url, "--age", "0s", "--versions", "0")

@@ -24,7 +24,8 @@ Pictures = dict[int, dict[str, Any]]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(keeper, "COLLECT_S", 1e12)  # only when it is asked for
     return tmp_path / "pool"
 
 

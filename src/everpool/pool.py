@@ -419,8 +419,8 @@ class Pool(MutableMapping[str, Any]):
 
         `when` is a version, the name of a snapshot, or a time (the newest version that is not
         younger; a naive one is local). It costs the index of names; bytes come when touched.
-        Raises `InvalidError` for the future, and, for a pool at a path, for what was before its
-        past began, with the first snapshot or checkpoint.
+        Raises `InvalidError` for the future, for what was collected, and, for a pool at a path, for
+        what was before its past began, with the first snapshot or checkpoint.
         """
         engine = self.engine()
         version = version_of(engine, when)
@@ -479,9 +479,10 @@ class Pool(MutableMapping[str, Any]):
     def retain(self, age: timedelta | None = None, versions: int | None = None) -> Retention:
         """Say how long versions are kept: while younger than `age`, or among the newest `versions`.
 
-        What is left out stays as it is. Whatever a version needs stays in the store as long as it
-        is kept, and those of snapshots are kept until `forget_snapshot`. What was collected does
-        not come back. Raises `InvalidError` for less than nothing.
+        What is left out stays as it is. Whatever a version needs stays in the store, or in the past
+        of a pool at a path, as long as it is kept, and those of snapshots are kept until
+        `forget_snapshot`. What was collected does not come back. Raises `InvalidError` for less
+        than nothing.
         """
         self.writing_engine()
         self._commit(retaining(self.retention, age, versions))
@@ -490,7 +491,7 @@ class Pool(MutableMapping[str, Any]):
     def collect(
         self, dry_run: bool = False, progress: Callable[[dict[str, Any]], None] | None = None
     ) -> Collected:
-        """Delete from the store what no version needs that is kept.
+        """Delete what no version needs that is kept: from the store or, at a path, from the past.
 
         This also happens by itself, about once an hour while something is committed. With
         `dry_run`, nothing is changed, and what is returned is what would be. `progress` is

@@ -27,6 +27,7 @@ _RETAIN_EXAMPLES = (
     _BEGIN,
     Example("see how long versions are kept", f"everpool retain {_CLOUD}"),
     Example("keep a month", f"everpool retain {_CLOUD} --age 30d"),
+    Example("see how long a pool at a path keeps its past", "everpool retain ./pool"),
     Example(
         "keep nothing but the newest version and snapshots",
         f"everpool retain {_CLOUD} --age 0s --versions 0",
@@ -69,6 +70,7 @@ _COLLECT_EXAMPLES = (
     _BEGIN,
     Example("see what could go", f"everpool collect {_CLOUD} --dry-run"),
     Example("let go of it", f"everpool collect {_CLOUD}"),
+    Example("let go of the past of a pool at a path", "everpool collect ./pool"),
 )
 
 
@@ -79,7 +81,7 @@ def collect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete from the bucket what no version needs that is kept.
+    """Delete what no version needs that is kept, from the bucket or, at a path, from its past.
 
     This happens by itself, too, about once an hour while the pool is written to. How much is kept
     is the business of `everpool retain`. Safe to interrupt and to repeat.

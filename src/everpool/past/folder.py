@@ -88,6 +88,12 @@ class PastFolder:
             self._copy(source, target)
         return True
 
+    def sweep(self) -> None:
+        """Delete copies whose makers died. Call with the steward's lock held."""
+        with translated("deleting parts of values"), contextlib.suppress(FileNotFoundError):
+            for part in list((self.path / _PARTS).iterdir()):
+                part.unlink()
+
     def _copy(self, source: Path, target: Path) -> None:
         folder = self.path / _PARTS
         folder.mkdir(exist_ok=True)

@@ -41,7 +41,13 @@ from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.index import Index, State, is_page, translated
 from everpool.replica.memories import MemoryFiles
 from everpool.replica.replica import Replica
-from everpool.segments.checkpoints import read_run, write_manifest, write_pages, write_runs
+from everpool.segments.checkpoints import (
+    key_of_pages,
+    read_run,
+    write_manifest,
+    write_pages,
+    write_runs,
+)
 from everpool.segments.format import Manifest, Page, Row, Run
 from everpool.store import Store
 from everpool.verdict import Add, Bind, BindMemory, Unbind
@@ -140,6 +146,8 @@ class Keeper:
         self._closed = False
         self._collecting: threading.Thread | None = None
         self._looked_s: float | None = None
+        # The segments of pages that the checkpoint under way wrote.
+        self._segments: set[str] = set()
         self._checkpoints = 0
 
     def close(self) -> None:
@@ -242,6 +250,7 @@ class Keeper:
                     if not last:
                         raise UnavailableError(f"nothing was collected: {error.message}") from error
                     continue
+                self.past.sweep()
                 delete(store, found.steps, deleted, self._pause)
                 break
         return progress
@@ -309,6 +318,7 @@ class Keeper:
             changes = Changes(began if previous is None else previous.version)
             if previous is None:
                 changes.blocks = self._all_blocks(began)
+            self._segments = set()
             copied = self._copy_most(store, changes, progress, skip_zeros=previous is None)
             if previous is not None and self._is_same(changes):
                 return previous.version
@@ -337,6 +347,9 @@ class Keeper:
                 after = previous.position
             else:
                 after = 0 if marker is not None and not marker.began else state.position
+            # What was copied, and written again meanwhile, is nobody's.
+            self._segments -= {one.page.segment for one in copied.values() if one.page}
+            store.delete([key_of_pages(segment) for segment in self._segments])
             self._archive(store, state, after)
             self._commit([Checkpoint(state.version, key, state.checkpoint, began)])
             self._checkpoints += 1
@@ -461,6 +474,7 @@ class Keeper:
         self, store: Store, part: dict[Place, bytes], copied: dict[Place, Copied], applied: int
     ) -> None:
         pages = write_pages(store, applied, part.values())
+        self._segments.update(page.segment for page in pages)
         for place, page in zip(part, pages, strict=True):
             copied[place] = Copied(applied, page)
 
