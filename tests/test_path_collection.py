@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import everpool
-from everpool import InvalidError
+from everpool import ClosedError, InvalidError
 from everpool.past import collector, keeper
 from everpool.replica import flush
 from support.pictures import change, picture
@@ -213,8 +213,10 @@ def test_a_past_that_is_open_fails_clearly_when_it_is_collected(path: Path) -> N
         pool.retain(age=NOTHING, versions=0)
         pool["a"] = np.arange(20_000)
         pool["b"] = np.arange(20_000)
+        pool.allocate("m", 1 << 20).write(0, b"x" * 100_000)
         pool.checkpoint()
-        with pool.at(pool.version) as past:
+        pool.memory("m").write(0, b"y" * 100_000)
+        with pool.at(pool.version - 2) as past:
             held = past["a"]
             pool["a"] = pool["b"] = 1
             for _ in range(2):
@@ -229,8 +231,9 @@ def test_a_past_that_is_open_fails_clearly_when_it_is_collected(path: Path) -> N
                 flush.KEPT_VERSIONS = kept
             assert pool.collect().deleted > 2
             assert np.array_equal(held, np.arange(20_000))
-            with pytest.raises(InvalidError, match="was collected"):
-                past["b"]
+            for read in (lambda: past["b"], lambda: past.memory("m").read(0, 9)):
+                with pytest.raises(ClosedError, match="was collected"):
+                    read()
         assert pool.verify().ok
 
 

@@ -19,6 +19,7 @@ The process itself leaves these:
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import threading
 import time
@@ -64,7 +65,8 @@ class Order(msgspec.Struct, frozen=True):
 
     `actors` are played at once by a thread each. `create` makes the pool, the bank and the
     counter first; else they are waited for. A `late` one begins when it is told to. `watched` are
-    actors of an earlier run, of whom it tells what it saw. With `past`, a flush is a checkpoint.
+    actors of an earlier run, of whom it tells what it saw. With `past`, a flush is a checkpoint
+    and a collection.
     """
 
     disk: str
@@ -252,6 +254,8 @@ class Actor:
         if step.how == "flush":
             if self._past:
                 self._pool.checkpoint()
+                self._pool.retain(datetime.timedelta(0), 30)
+                self._pool.collect()
             else:
                 self._pool.engine().flush()
             mark(self._disk, "flushed")

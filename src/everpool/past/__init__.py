@@ -17,11 +17,13 @@ then on
 so any version since the first checkpoint can be made from the newest checkpoint that is not behind
 it, the archive, and the tail.
 
-Nothing in the pool refers to files in here: the folder may be deleted, which ends the past.
+Nothing in the pool refers to files in here: the folder may be deleted, which ends the past. What no
+kept version needs is deleted, see `collector`.
 
 - `folder`: where things are
 - `entries`: archiving entries, and reading them back, from the archive and then the tail
-- `keeper`: making checkpoints
+- `keeper`: making checkpoints, and collecting
+- `collector`: what can go
 - `looking`: a pool as it was
 - `sending`: branches and backups, at a URL
 """

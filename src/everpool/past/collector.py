@@ -19,6 +19,7 @@ goes by what can be deleted, and by the index, not by all that is kept.
 
 import contextlib
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice
@@ -39,6 +40,7 @@ from everpool.segments.format import Manifest, Past, Run, read_page_row
 from everpool.store import Store
 
 _AT_ONCE = 1000
+_ROWS_AT_ONCE = 256
 _END = 1 << 62
 
 Span = tuple[int, int]
@@ -167,7 +169,9 @@ class Finder:
                     if careful:
                         raise
                     continue
-                for key, row in rows:
+                for at, (key, row) in enumerate(rows):
+                    if not at % _ROWS_AT_ONCE:
+                        time.sleep(0)  # commits go first
                     if key not in seen:
                         if row is not None:
                             yield key, row

@@ -325,7 +325,8 @@ class Keeper:
             txn, state, rest = self._committer.settled(lambda: self._copy_rest(changes, copied))
             with txn:
                 self._write(store, rest, copied, state.version)
-                pages = {place: one.page.row() for place, one in copied.items() if one.page}
+                written = {place: one.page for place, one in copied.items() if one.page}
+                pages = _alive(replica.index, txn, written)
                 runs = self._write_runs(store, txn, state, previous, changes, pages)
                 pins = [pin.version for _, pin in replica.index.pins(txn)]
             marker = self.past.marker()
@@ -347,8 +348,8 @@ class Keeper:
                 after = previous.position
             else:
                 after = 0 if marker is not None and not marker.began else state.position
-            # What was copied, and written again meanwhile, is nobody's.
-            self._segments -= {one.page.segment for one in copied.values() if one.page}
+            # What was copied, and written again or deleted meanwhile, is nobody's.
+            self._segments -= {page.segment for page in pages.values()}
             store.delete([key_of_pages(segment) for segment in self._segments])
             self._archive(store, state, after)
             self._commit([Checkpoint(state.version, key, state.checkpoint, began)])
@@ -487,7 +488,7 @@ class Keeper:
         state: State,
         previous: Manifest | None,
         changes: Changes,
-        pages: dict[Place, bytes],
+        pages: dict[Place, Page],
     ) -> list[Run]:
         index = self._replica.index
         kept = [] if previous is None else previous.runs
@@ -497,13 +498,14 @@ class Keeper:
         after = 0 if previous is None else previous.version
         is_whole = previous is None or len(deltas) >= _MOST_DELTAS or size > max(base, 1 << 20)
         names, ids = (set[str](), set[int]()) if is_whole else (changes.names, changes.ids)
-        rows = index.rows_of(txn, names, ids, _alive(index, txn, pages), set(), after)
+        new = {place: page.row() for place, page in pages.items()}
+        rows = index.rows_of(txn, names, ids, new, set(), after)
         if not is_whole:
             return [*kept, *write_runs(store, state.version, list(rows), after, state.version)]
-        new = (row for row in rows if is_page(row[0]))
+        newest = (row for row in rows if is_page(row[0]))
         stored = _pages_of(store, kept)
         known: dict[bytes, bool] = {}
-        merged = (row for row in _merged([*stored, new]) if _is_alive(index, txn, row[0], known))
+        merged = (row for row in _merged([*stored, newest]) if _is_alive(index, txn, row[0], known))
         rest = (row for row in index.dump(txn) if not is_page(row[0]))
         return write_runs(store, state.version, chain(merged, rest), 0, state.version)
 
@@ -513,10 +515,10 @@ def _busy(who: str, timeout_s: float) -> UnavailableError:
 
 
 def _alive(
-    index: Index, txn: lmdb.Transaction, pages: dict[Place, bytes]
-) -> dict[Place, bytes]:
+    index: Index, txn: lmdb.Transaction, pages: dict[Place, Page]
+) -> dict[Place, Page]:
     known = {id: index.memory_row(txn, id) is not None for id in {id for id, _ in pages}}
-    return {place: row for place, row in pages.items() if known[place[0]]}
+    return {place: page for place, page in pages.items() if known[place[0]]}
 
 
 def _pages_of(store: Store, runs: list[Run]) -> list[Iterator[Row]]:

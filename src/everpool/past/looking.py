@@ -1,10 +1,9 @@
 """A pool at a path as it was: its places to begin from, and its large values where they lie."""
 
-import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from everpool.replica.bulk import BulkFiles, map_at
 from everpool.replica.replica import Replica
 from everpool.segments.format import Past
 from everpool.store import Store
+from everpool.store.directory import DirectoryStore
 
 _HOW = "`pool.checkpoint()`, or a first `pool.snapshot(name)`, begins one"
 
@@ -94,8 +94,7 @@ class PathValues(CachedValues):
         return map_at(self._pool.bulk.find(reference.file), reference)
 
     def _missing(self, reference: Reference) -> None:
-        with contextlib.suppress(ClosedError, UnavailableError):  # the pool may be closed by now
-            check_kept(self._pool, self._version)
+        check_open(self._pool, self._version)
         raise CorruptionError(
             f"the large value {reference.file} is missing in the pool and its past: restore it "
             "from a copy"
@@ -104,6 +103,23 @@ class PathValues(CachedValues):
     def stored_damage(self, reference: Reference) -> list[str]:
         """Read the whole file; returns what is wrong with it, in words."""
         return BulkFiles.damage(self, reference)
+
+
+class PastStore(DirectoryStore):
+    """The past of a pool, to look at a version, which says so when that was collected meanwhile."""
+
+    def __init__(self, root: Path, pool: Replica, version: int) -> None:
+        super().__init__(root)
+        self._pool = pool
+        self._version = version
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Read the ranges; raises `ClosedError` when the version is not kept any more."""
+        try:
+            return super().get_ranges(key, ranges)
+        except NotFoundError:
+            check_open(self._pool, self._version)
+            raise
 
 
 def open_at(
@@ -123,7 +139,7 @@ def open_at(
     check_kept(replica, version)
     pool = os.fspath(folder.path.parent)
     place: tuple[Any, ...] = (pool, version, timeout_s, None)
-    store = folder.open()
+    store = PastStore(folder.path, replica, version)
     try:
         try:
             history = PathHistory(folder, replica, store)
@@ -144,6 +160,18 @@ def open_at(
     except (CorruptionError, NotFoundError):
         check_kept(replica, version)  # it may have been collected meanwhile
         raise
+
+
+def check_open(replica: Replica, version: int) -> None:
+    """Raise `ClosedError` when that version was collected while somebody looked at it."""
+    try:
+        check_kept(replica, version)
+    except InvalidError as error:
+        raise ClosedError(
+            f"{error.message}; it was open, so take a snapshot of what must stay"
+        ) from None
+    except (ClosedError, UnavailableError):
+        pass  # the pool itself is closed by now, and cannot be asked
 
 
 def check_kept(replica: Replica, version: int) -> None:

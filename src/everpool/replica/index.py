@@ -180,8 +180,8 @@ def page_in(key: bytes, row: bytes) -> bytes:
 
 def files_in(key: bytes, row: bytes) -> list[str]:
     """Return the files that the names of a row refer to, from the row as `Index.dump` yields it."""
-    if key[:1] != _NAMES:
-        return []
+    if key[:1] != _NAMES or (row[0] != BULK and key[-1] != 0):
+        return []  # as nearly always
     names = {key: row}
     if key[-1] == 0:
         long = _decode_long(_unseal(key, memoryview(row), "a row of long names"))
