@@ -6,6 +6,8 @@ import pickle
 import random
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from everpool import ClosedError, InvalidError
 from everpool.past import collector, keeper
 from everpool.replica import flush
 from support.pictures import change, picture
-from support.processes import Child, call
+from support.processes import Child, call, ending
+from support.tracing import Tracee, why_not
 
 NOTHING = datetime.timedelta(0)
 Pictures = dict[int, dict[str, Any]]
@@ -359,3 +362,61 @@ def test_it_is_collected_without_being_asked(path: Path, monkeypatch: pytest.Mon
         assert pool["a"][0] == number
     with everpool.open(path, create=False) as pool:
         assert pool.verify().ok
+
+
+def collect(pause: Callable[[], None], link: Connection, path: Path) -> None:
+    with everpool.open(path, create=False) as pool:
+        pause()
+        pool.collect()
+        link.send("done")
+        pause()
+
+
+def prepare(path: Path, seed: int) -> Pictures:
+    """Make changes and checkpoints, and leave a snapshot in the midst of them."""
+    keeper.COLLECT_S, flush.KEPT_VERSIONS = 1e12, 5
+    choose = random.Random(seed)
+    pictures: Pictures = {}
+    with everpool.open(path) as pool:
+        pool.checkpoint()
+        pool.retain(age=NOTHING, versions=10)
+        for one in pool.snapshots():
+            pool.forget_snapshot(one.name)
+        for number in range(24):
+            change(pool, choose)
+            pictures[pool.version] = picture(pool)
+            if number % 6 == 5:
+                pool.checkpoint()
+        pool.snapshot("midst", sorted(pictures)[9])
+        pool["large"] = np.arange(9000 + seed)
+        pictures[pool.version] = picture(pool)
+        pool.checkpoint()
+    return pictures
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "can be traced")
+def test_killed_at_every_step_of_a_collection(path: Path) -> None:
+    pictures: Pictures = {}
+    tried: set[tuple[str, int]] = set()
+    for seed in range(400):
+        pictures |= call(prepare, path, seed)
+        if not killed_somewhere_new(tried, collect, path):
+            break
+        call(look_around, path, pictures)
+    else:
+        raise AssertionError("it never ends")
+    assert len([step for step, _ in tried if "unlink" in step]) > 8, tried
+
+
+def killed_somewhere_new(tried: set[tuple[str, int]], function: Any, *args: Any) -> bool:
+    """Kill one run after the first step that is not among those tried; False: there is none."""
+    seen: dict[str, int] = {}
+    tracee = Tracee(function, *args)
+    with ending(tracee):
+        while step := tracee.next_step():
+            seen[step] = seen.get(step, 0) + 1
+            if (step, seen[step]) not in tried:
+                tried.add((step, seen[step]))
+                return True
+        tracee.finish()
+        return False
