@@ -10,8 +10,8 @@ each of which a `Collect` record decides, so that all hosts agree:
 
     an upload that began before `start`, and that no record has named, is void from here on: a
     record that names it later aborts, wherever it is judged
-    an object that began before `start`, and that nothing in the newest state names, is *dead* from
-    this version on: looking at an older version may still take it
+    an object that began before `start`, and that nothing names since that was in force, is *dead*
+    from this version on: looking at an older version may still take it
     a dead object whose life meets none of the spans is deleted, once the record is applied
 
 Nothing here depends on a clock but how much is kept, and that is counted in the log's own times.
@@ -39,8 +39,8 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
 
     Versions from `kept` on can be looked at, replicas may begin at `start`, and uploads from before
     it are void. `restored` is the newest version that named old objects again, `collected_ns` the
-    time of the last `Collect`. What is younger than `age_ns`, and the newest `versions`, are to be
-    kept.
+    time of the last `Collect`, `voided` the version at which `start` came into force. What is
+    younger than `age_ns`, and the newest `versions`, are to be kept.
     """
 
     kept: int = 0
@@ -49,6 +49,7 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
     collected_ns: int = 0
     age_ns: int = KEPT_AGE_NS
     versions: int = KEPT_VERSIONS
+    voided: int = 0
 
     def keeps(self, version: int, pins: Iterable[int]) -> bool:
         """Whether that version can be looked at; `pins` are the versions of the snapshots."""
@@ -111,6 +112,11 @@ def refusal(
         return f"old values were brought back at version {horizon.restored}"
     if not horizon.kept <= record.kept < now or not horizon.start <= record.start <= record.kept:
         return f"version {horizon.kept} is kept from {horizon.start} on by now"
+    # Whoever looked before could not know what was named last of what began before `start`.
+    if record.dead and horizon.voided > record.version:
+        return f"older uploads were voided at version {horizon.voided}"
+    if any(upload_version(key) >= horizon.start for key in record.dead):
+        return f"uploads from version {horizon.start} on may be named yet"
     if record.start > checkpoint:
         return f"nothing can begin at version {record.start}"
     for version in pins:

@@ -1,0 +1,90 @@
+"""Collections that others come in between: each test is one interleaving, with real agents."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import everpool
+from everpool.errors import ConflictError, EverpoolError
+from everpool.records import Put, Record
+from support.agents import end_agents
+from support.pictures import picture
+from test_bucket_attacks import World, checkpoint_in_time
+from test_collection_attacks import NOTHING, change, collect_in_time, prepare
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield World(tmp_path, monkeypatch)
+    end_agents(tmp_path)
+
+
+@contextlib.contextmanager
+def collecting_until(world: World, pool: everpool.Pool, point: str) -> Iterator[None]:
+    """Collect in a thread, up to a trap; go on behind it afterwards."""
+    trap = world.trap("one", point, "wait")
+
+    def collecting() -> None:
+        with contextlib.suppress(EverpoolError):
+            pool.collect()
+
+    thread = threading.Thread(target=collecting)
+    thread.start()
+    trap.await_reached()
+    yield
+    trap.let_go()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_an_old_upload_is_named_between_look_and_decision(world: World) -> None:
+    with world.open("one") as one, world.open("two", timeout_s=60) as two:
+        prepare(one)
+        two.sync()
+        engine = two.engine()
+        staged = engine.stage(everpool.values.encode(np.full(20_000, 77)))
+        change(one, 8)
+        with collecting_until(world, one, "listed"):
+            two.sync()
+            record = Record(two.version, [], [], [], [Put("late", staged.reference)])
+            with contextlib.suppress(ConflictError):
+                engine.write(record, [staged]).version()
+        for number in range(9, 11):
+            change(one, number)
+            collect_in_time(one)
+        with world.open("late") as late:
+            picture(late)
+            assert late.verify().ok
+
+
+def test_memory_of_a_restore_that_slept(world: World) -> None:
+    """Its uploads are from before what a collection has declared void."""
+    from everpool.snapshots import restoring
+
+    with world.open("one") as one, world.open("two", timeout_s=60) as two:
+        one.retain(age=NOTHING, versions=0)
+        memory = one.allocate("memory", 8 << 20)
+        memory.write(0, os.urandom(6 << 20))
+        one.snapshot("old")
+        memory.write(0, os.urandom(6 << 20))
+        checkpoint_in_time(one)
+        two.sync()
+        engine = two.engine()
+        with two.at("old") as then:
+            record, staged = restoring(engine, then.engine())
+        assert staged
+        collect_in_time(one)
+        collect_in_time(one)
+        with contextlib.suppress(ConflictError):
+            engine.write(record, list(staged)).version()
+        for pool in (one, two):
+            pool.sync()
+            assert len(pool.memory("memory").read(0, 6 << 20)) == 6 << 20
+        with world.open("late") as late:
+            late.memory("memory").read(0, 6 << 20)
+            assert late.verify().ok
