@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 import everpool
-from everpool.errors import ConflictError, EverpoolError
-from everpool.records import Put, Record
-from support.agents import end_agents
+from everpool.agent.host import LOG
+from everpool.agent.host import Host as Replica
+from everpool.agent.pools import read_marker
+from everpool.errors import ConflictError, EverpoolError, UnavailableError
+from everpool.log.bucket import BucketLog
+from everpool.records import Put, Record, Reference
+from everpool.store import open_store
+from support.agents import Host, end_agents
 from support.pictures import picture
 from test_bucket_attacks import World, checkpoint_in_time
 from test_collection_attacks import NOTHING, change, collect_in_time, prepare
@@ -88,3 +93,32 @@ def test_memory_of_a_restore_that_slept(world: World) -> None:
         with world.open("late") as late:
             late.memory("memory").read(0, 6 << 20)
             assert late.verify().ok
+
+
+def test_an_entry_counts_once_when_the_store_goes_away_in_its_midst(tmp_path: Path) -> None:
+    """It is in the index, and what it stores in memory cannot be fetched: it is finished later."""
+    host = Host(tmp_path, "one")
+    with host.open() as one:
+        memory = one.allocate("memory", 8 << 20)
+        store = open_store(host.url)
+        (tmp_path / "two").mkdir()
+        pool = read_marker(store, host.url).pool()
+        replica = Replica(tmp_path / "two", pool, store, BucketLog(store, LOG))
+        replica.begin()
+        replica.fetch(1, [(0, 8 << 20)])
+        data = os.urandom(6 << 20)
+        memory.write(0, data)
+        download, replica.values.download = replica.values.download, away
+        with pytest.raises(UnavailableError):
+            replica.sync()
+        replica.values.download = download
+        replica.sync()
+        assert replica.replica.state().hash == one.engine().replica.state().hash
+        assert replica.version == one.version and len(replica.blocks.dirty()[1]) > 1
+        assert replica.blocks.copy(1, 0) == data[: len(replica.blocks.copy(1, 0))]
+        replica.close()
+    end_agents(tmp_path)
+
+
+def away(reference: Reference) -> None:
+    raise UnavailableError("the bucket is away")
