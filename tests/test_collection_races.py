@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,10 @@ from everpool.errors import ConflictError, EverpoolError, UnavailableError
 from everpool.log.bucket import BucketLog
 from everpool.records import Put, Record, Reference
 from everpool.store import open_store
-from support.agents import Host, end_agents
+from support.agents import Host, end_agents, wait_until
 from support.pictures import picture
 from test_bucket_attacks import World, checkpoint_in_time
-from test_collection_attacks import NOTHING, change, collect_in_time, prepare
+from test_collection_attacks import NOTHING, catch_up, change, collect_in_time, prepare
 
 
 @pytest.fixture
@@ -122,3 +123,31 @@ def test_an_entry_counts_once_when_the_store_goes_away_in_its_midst(tmp_path: Pa
 
 def away(reference: Reference) -> None:
     raise UnavailableError("the bucket is away")
+
+
+@pytest.mark.parametrize("what", ["a store", "an addition"])
+def test_a_host_that_slept_plays_what_is_gone(what: str, tmp_path: Path) -> None:
+    """The log's head has what it missed, the store not what that takes: it begins anew."""
+    hosts = [Host(tmp_path, name) for name in ("one", "two")]
+    with hosts[0].open() as one, hosts[1].open(timeout_s=20) as two:
+        one.retain(age=NOTHING, versions=0)
+        memory = one.allocate("memory", 1 << 30)
+        memory.write(0, b"first")
+        version = checkpoint_in_time(one)
+        wait_until(lambda: two.sync() and two.stats()["checkpoint"] == version)
+        if what == "a store":
+            assert two.memory("memory").read(0, 5) == b"first"  # so that it is changed at once
+        agent = hosts[1].agent()
+        os.kill(agent, signal.SIGSTOP)
+        if what == "a store":
+            memory.write(0, os.urandom(6 << 20))
+        else:
+            memory.fetch_add(0, 1)
+        memory.write(0, b"other")
+        for _ in range(3):
+            collect_in_time(one)
+        os.kill(agent, signal.SIGCONT)
+        catch_up(two)
+        assert two.memory("memory").read(0, 5) == b"other"
+        assert picture(two) == picture(one) and two.verify().ok
+    end_agents(tmp_path)

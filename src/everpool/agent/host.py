@@ -31,6 +31,7 @@ from msgspec.structs import replace
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
 from everpool.agent.values import CachedValues
+from everpool.collection import upload_version
 from everpool.errors import (
     CorruptionError,
     EverpoolError,
@@ -152,9 +153,10 @@ class Host:
     def _play(self, item: Appended) -> None:
         try:
             played = self.player.play(item.position, item.time_ns, item.entry, self._flushed)
-        except CorruptionError as error:
+        except (CorruptionError, NotFoundError) as error:
             if "base" in error.facts and not self._is_new:
                 self.leave(error.message)
+            self._leave_when_behind(error)
             raise
         self.blocks.note(self.version, played.batch.applied)
         self._position = item.position
@@ -165,6 +167,15 @@ class Host:
         if played.entry.session == self._session:
             for result in played.results:
                 self._results.setdefault(result.id, result)
+
+    def _leave_when_behind(self, error: EverpoolError) -> None:
+        """Leave when what cannot be played is older than what new hosts begin with.
+
+        What it takes may have been collected, also while the log still has it.
+        """
+        start = self._asked(self.log.end).start.decode()
+        if upload_version(start) > self.version:
+            self.leave(f"new hosts begin with {start}, and {error.message}")
 
     def append(self, entry: bytes) -> int:
         """Append to the log; returns the position."""
@@ -273,11 +284,11 @@ class Host:
 
     def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
         """Bring blocks of memory in; see `BlockMemories.fill`."""
+        before = self._flushed
         try:
             self.blocks.fill(id, ranges)
         except CorruptionError:
-            # Pages of an old checkpoint may have been collected.
-            before = self._flushed
+            # What an old checkpoint and the entries behind it take may have been collected.
             self.sync()
             self.adopt()
             if self._flushed == before:
