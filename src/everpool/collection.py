@@ -17,6 +17,7 @@ each of which a `Collect` record decides, so that all hosts agree:
 Nothing here depends on a clock but how much is kept, and that is counted in the log's own times.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -32,6 +33,9 @@ MOST_PLACES = 4096
 # How many objects one `Collect` lets go of at most.
 MOST_COLLECTED = 4096
 _VERSION_DIGITS = 16
+_COLLECTED = re.compile(
+    r"(?:checkpoints/[0-9a-f]{16}-|(?:index|pages|values)/)[0-9a-f]{32}", re.ASCII
+)
 
 
 class Horizon(msgspec.Struct, array_like=True, frozen=True):
@@ -79,6 +83,11 @@ class Plan(NamedTuple):
     kept: int
     start: int
     islands: list[tuple[int, int]]
+
+
+def is_collected(key: str) -> bool:
+    """Whether an object's key is one of those that are collected; all others are left alone."""
+    return _COLLECTED.fullmatch(key) is not None
 
 
 def upload_version(key: str) -> int:

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from everpool.collection import Horizon, refusal, upload_version
+from everpool.collection import Horizon, is_collected, refusal, upload_version
 from everpool.records import (
     MAX_MEMORY_BYTES,
     NUMBER_BYTES,
@@ -607,11 +607,11 @@ class Judge:
                 if pins is None:
                     pins = dict(catalog.pins())
                 if isinstance(operation, Collect):
+                    if not all(is_collected(key) for key in operation.dead):
+                        raise _Refused(Verdict.INVALID, "an object that is not to be collected")
                     why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
                     if why is not None:
                         raise _Refused(Verdict.CONFLICT, why)
-                    if not all(_is_key(key) for key in operation.dead):
-                        raise _Refused(Verdict.INVALID, "a key that cannot be one")
                     voided = horizon.voided
                     if operation.start > horizon.start:
                         voided = self.version

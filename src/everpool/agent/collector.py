@@ -24,6 +24,7 @@ from everpool.agent.host import Host
 from everpool.collection import (
     MOST_COLLECTED,
     Plan,
+    is_collected,
     is_needed,
     place_of,
     plan,
@@ -171,7 +172,7 @@ class Collector:
                 elif key in dead_before:
                     if not is_needed(*dead_before[key], kept.start, kept.islands):
                         found.gone[key] = listed.size
-                elif key not in live and upload_version(key) < void:
+                elif key not in live and is_collected(key) and upload_version(key) < void:
                     found.dead[key] = listed.size
         for key, life in dead_before.items():  # those that were deleted already
             if key not in found.gone and not is_needed(*life, kept.start, kept.islands):
