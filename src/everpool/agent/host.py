@@ -452,11 +452,10 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
-            # What the parent has let go of, and its objects, are the parent's business.
             version = manifest.version
-            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
-            for key in [key for key, _, _ in index.garbage(txn)]:
-                index.drop_garbage(txn, key)
+            state.horizon = replace(
+                state.horizon, kept=version, start=version, restored=0, voided=version
+            )
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version

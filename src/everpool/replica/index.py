@@ -164,6 +164,11 @@ def is_page(key: bytes) -> bool:
     return key[:1] == _BLOCKS
 
 
+def is_dead_object(key: bytes) -> bool:
+    """Whether the row with that key tells of an object that nothing names any more."""
+    return key[:1] == _GARBAGE
+
+
 def key_of(number: int) -> bytes:
     """Return a key that sorts as the number does."""
     return number.to_bytes(8, "big")
