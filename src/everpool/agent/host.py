@@ -359,8 +359,16 @@ class Host:
         """Make a new replica, from the checkpoint that the log begins at."""
         if self._pool is None:
             raise UnavailableError("there is no replica yet, and the pool is out of reach")
-        start = self._asked(self.log.end).start.decode() or self._start
-        return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, start)
+        start = self._asked(self.log.end).start.decode()
+        while True:
+            first = start or self._start
+            try:
+                return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, first)
+            except NotFoundError:
+                # Others have made checkpoints since, and collected this one.
+                before, start = start, self._asked(self.log.end).start.decode()
+                if start == before:
+                    raise
 
     def _open(self, path: Path) -> None:
         page = SharedPage(path / "shared", writable=False)
