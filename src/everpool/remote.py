@@ -36,12 +36,10 @@ from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.paging.regions import SharedMemories
 from everpool.records import (
     EMPTY_HASH,
-    Operation,
     Pin,
     Record,
     RecordId,
     Reference,
-    Unpin,
     encode_record,
 )
 from everpool.replica.bulk import Staged
@@ -277,11 +275,13 @@ class RemoteEngine:
 
         def pin() -> None:
             name = f"branch at {without_secrets(url)}"
+            self.sync()
             known = {one.name: one.version for one in snapshots_of(self)}
-            if known.get(name) != version:
-                operations: list[Operation] = [Unpin(name)] if name in known else []
-                operations.append(Pin(name, version))
-                record = Record(self.replica.version(), [], [], [], operations)
+            if known.get(name, version) != version:
+                # A branch may need that one, which was faster, or is where this URL's query led.
+                name = f"{name}, of version {version}"
+            if name not in known:
+                record = Record(self.replica.version(), [], [], [], [Pin(name, version)])
                 self.write(record, []).version()
 
         try:
