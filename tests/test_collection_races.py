@@ -6,18 +6,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import everpool
+from everpool.agent import branching
+from everpool.agent import host as hosts
 from everpool.agent.host import LOG
 from everpool.agent.host import Host as Replica
+from everpool.agent.past import History
 from everpool.agent.pools import read_marker
-from everpool.errors import ConflictError, EverpoolError, UnavailableError
+from everpool.errors import (
+    ConflictError,
+    EverpoolError,
+    ExistsError,
+    InvalidError,
+    UnavailableError,
+)
 from everpool.log.bucket import BucketLog
-from everpool.records import Put, Record, Reference
+from everpool.records import Entry, Put, Record, Reference, encode_entry
+from everpool.segments.checkpoints import write_manifest
+from everpool.segments.format import Manifest, Past
 from everpool.store import open_store
+from everpool.store.memory import MemoryStore
 from support.agents import Host, end_agents, wait_until
 from support.pictures import picture
 from test_bucket_attacks import World, checkpoint_in_time
@@ -151,3 +164,83 @@ def test_a_host_that_slept_plays_what_is_gone(what: str, tmp_path: Path) -> None
         assert two.memory("memory").read(0, 5) == b"other"
         assert picture(two) == picture(one) and two.verify().ok
     end_agents(tmp_path)
+
+
+def test_a_host_begins_with_a_checkpoint_that_is_collected_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, "one")
+    with host.open() as pool:
+        pool.retain(age=NOTHING, versions=0)
+        pool["a"] = 1
+        pool.checkpoint()
+        begin = hosts.make_replica
+
+        def late(*args: Any) -> Path:
+            monkeypatch.setattr(hosts, "make_replica", begin)
+            for number in range(3):
+                pool["a"] = number
+                pool.collect()
+            return begin(*args)
+
+        monkeypatch.setattr(hosts, "make_replica", late)
+        store = open_store(host.url)
+        (tmp_path / "two").mkdir()
+        id = read_marker(store, host.url).pool()
+        replica = Replica(tmp_path / "two", id, store, BucketLog(store, LOG))
+        replica.begin()
+        assert replica.version == pool.version
+        replica.close()
+    end_agents(tmp_path)
+
+
+def test_of_two_branches_at_one_url_the_first_keeps_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one names its version in the parent, too, and then finds the marker there."""
+    url = f"file://{tmp_path}/branch"
+    with Host(tmp_path, "one").open() as pool:
+        pool.retain(age=NOTHING, versions=0)
+        pool["a"] = np.full(20_000, 1)
+        create = branching.create_branch
+
+        def slow(*args: Any) -> None:
+            def slower(*others: Any) -> None:
+                create(*args)
+                create(*others)
+
+            monkeypatch.setattr(branching, "create_branch", slower)
+            pool["a"] = 5
+            pool.collect()
+            pool["a"] = np.full(20_000, 2)
+            pool.checkpoint()
+            with pytest.raises(ExistsError):
+                pool.branch(url)
+
+        monkeypatch.setattr(branching, "create_branch", slow)
+        pool.branch(url)
+        for number in range(3):
+            pool["a"] = np.full(20_000, number)
+            pool.collect()
+        with everpool.open(url, cache_dir=tmp_path / "branch host") as branch:
+            assert branch["a"][0] == 1 and branch.verify().ok
+    end_agents(tmp_path)
+
+
+def test_a_time_of_which_nothing_is_kept_is_no_time_of_a_snapshot() -> None:
+    """The log ends right behind the place of a snapshot, and goes on at the next place."""
+    store = MemoryStore()
+    log = BucketLog(store, LOG, head_bytes=600)  # each entry fills a chunk
+    for number in range(1, 31):
+        put = Record(0, [], [], [], [Put("a", bytes(180))])
+        log.append(encode_entry(Entry(bytes(16), number, 0, bytes(16), [put])))
+    times = [item.time_ns for item in log.history(0)]
+    places = [Past(n, times[n - 1], n, f"checkpoints/{n}") for n in (10, 20)]
+    newest = Manifest(bytes(16), 30, 30, bytes(16), times[29], [], places)
+    key = write_manifest(store, 30, newest)
+    log.trim(20, b"")
+    store.delete([listed.key for listed in log.garbage([(10, 10), (20, 1 << 62)])])
+    history = History(store, key, "")
+    assert history.version_at(times[21]) == 22
+    with pytest.raises(InvalidError, match="was collected"):
+        history.version_at(times[14])
