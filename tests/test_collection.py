@@ -15,6 +15,7 @@ import pytest
 
 import everpool
 from everpool import InvalidError
+from everpool.records import Collect, Record
 from support.agents import end_agents
 from support.pictures import change, picture
 
@@ -232,3 +233,59 @@ def test_agents_collect_by_themselves(url: str, tmp_path: Path) -> None:
     assert len(objects(tmp_path, "values")) < 40
     with everpool.open(url, cache_dir=tmp_path / "new") as pool:
         assert pool["a"][0] == 59 and pool.verify().ok
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["values/" + "€" * 240, "checkpoints/" + "f" * 40 + "-x", "values/../" + "0" * 32, ""],
+)
+def test_no_key_stops_a_replica(pool: Any, key: str) -> None:
+    """LMDB takes 511 bytes as a key, and 8 bytes are for a version."""
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = 1
+    pool.checkpoint()
+    pool.collect()
+    state = pool.engine().replica.state()
+    kept = state.horizon
+    collect = Collect(state.version, state.checkpoint, kept.kept, kept.start, [], [key])
+    with pytest.raises(InvalidError, match="not to be collected"):
+        pool.engine().write(Record(pool.version, [], [], [], [collect]), []).version()
+    pool["b"] = 1
+    assert pool["b"] == 1
+
+
+def test_what_others_left_in_the_bucket_stays(pool: Any, tmp_path: Path) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = np.full(20_000, 1)
+    values = tmp_path / "bucket" / "values"
+    names = {"x" * 250, "ü" * 100, "a b", "f" * 40 + "-x", "copy of " + "0" * 32}
+    for name in names:
+        (values / name).write_bytes(b"theirs")
+    pool["a"] = np.full(20_000, 2)
+    pool.collect()
+    assert len(objects(tmp_path, "values")) == len(names) + 1
+
+
+def test_a_branch_knows_nothing_of_what_its_parent_has_let_go_of(
+    pool: Any, url: str, tmp_path: Path
+) -> None:
+    """Neither a host that was there from its beginning, nor one that begins from a checkpoint."""
+
+    def dead(pool: Any) -> list[Any]:
+        index = pool.engine().replica.index
+        with index.read() as txn:
+            return list(index.garbage(txn))
+
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = np.full(20_000, 1)
+    pool.checkpoint()
+    pool["a"] = np.full(20_000, 2)
+    pool.collect()
+    assert dead(pool)
+    branch = f"file://{tmp_path}/branch"
+    pool.branch(branch)
+    with everpool.open(branch, cache_dir=tmp_path / "first") as first:
+        first["x"] = 1
+        first.checkpoint()
+        with everpool.open(branch, cache_dir=tmp_path / "second") as second:
+            assert dead(first) == dead(second) == []

@@ -20,7 +20,7 @@ from support.agents import end_agents
 from support.pictures import PLACES, picture
 from test_bucket_attacks import World, checkpoint_in_time, same
 
-POINTS = ["listed", "decided", "deleted"]
+POINTS = ["planned", "listed", "decided", "deleted"]
 NOTHING = datetime.timedelta(0)
 
 
@@ -205,7 +205,7 @@ def snapshot_between_look_and_decision(world: World) -> None:
         change(one, 9)
         checkpoint_in_time(one)
         change(one, 10)
-        trap = world.trap("one", "listed", "wait")
+        trap = world.trap("one", "planned", "wait")
 
         def collecting() -> None:
             for _ in range(2):

@@ -10,13 +10,14 @@ each of which a `Collect` record decides, so that all hosts agree:
 
     an upload that began before `start`, and that no record has named, is void from here on: a
     record that names it later aborts, wherever it is judged
-    an object that began before `start`, and that nothing in the newest state names, is *dead* from
-    this version on: looking at an older version may still take it
+    an object that began before `start`, and that nothing names since that was in force, is *dead*
+    from this version on: looking at an older version may still take it
     a dead object whose life meets none of the spans is deleted, once the record is applied
 
 Nothing here depends on a clock but how much is kept, and that is counted in the log's own times.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -32,6 +33,9 @@ MOST_PLACES = 4096
 # How many objects one `Collect` lets go of at most.
 MOST_COLLECTED = 4096
 _VERSION_DIGITS = 16
+_COLLECTED = re.compile(
+    r"(?:checkpoints/[0-9a-f]{16}-|index/|pages/|values/(?:0-)?)[0-9a-f]{32}", re.ASCII
+)
 
 
 class Horizon(msgspec.Struct, array_like=True, frozen=True):
@@ -39,8 +43,8 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
 
     Versions from `kept` on can be looked at, replicas may begin at `start`, and uploads from before
     it are void. `restored` is the newest version that named old objects again, `collected_ns` the
-    time of the last `Collect`. What is younger than `age_ns`, and the newest `versions`, are to be
-    kept.
+    time of the last `Collect`, `voided` the version at which `start` came into force. What is
+    younger than `age_ns`, and the newest `versions`, are to be kept.
     """
 
     kept: int = 0
@@ -49,6 +53,7 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
     collected_ns: int = 0
     age_ns: int = KEPT_AGE_NS
     versions: int = KEPT_VERSIONS
+    voided: int = 0
 
     def keeps(self, version: int, pins: Iterable[int]) -> bool:
         """Whether that version can be looked at; `pins` are the versions of the snapshots."""
@@ -78,6 +83,11 @@ class Plan(NamedTuple):
     kept: int
     start: int
     islands: list[tuple[int, int]]
+
+
+def is_collected(key: str) -> bool:
+    """Whether an object's key is one of those that are collected; all others are left alone."""
+    return _COLLECTED.fullmatch(key) is not None
 
 
 def upload_version(key: str) -> int:
@@ -111,6 +121,11 @@ def refusal(
         return f"old values were brought back at version {horizon.restored}"
     if not horizon.kept <= record.kept < now or not horizon.start <= record.start <= record.kept:
         return f"version {horizon.kept} is kept from {horizon.start} on by now"
+    # Whoever looked before could not know what was named last of what began before `start`.
+    if record.dead and horizon.voided > record.version:
+        return f"older uploads were voided at version {horizon.voided}"
+    if any(upload_version(key) >= horizon.start for key in record.dead):
+        return f"uploads from version {horizon.start} on may be named yet"
     if record.start > checkpoint:
         return f"nothing can begin at version {record.start}"
     for version in pins:

@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from everpool.collection import Horizon, refusal, upload_version
+from everpool.collection import Horizon, is_collected, refusal, upload_version
 from everpool.records import (
     MAX_MEMORY_BYTES,
     NUMBER_BYTES,
@@ -545,10 +545,10 @@ class Judge:
                 )
             return id
 
-        def stored(payload: Payload) -> Payload:
+        def stored(payload: Payload, known: bool = False) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
-            if isinstance(payload, Reference) and horizon.start and not restoring:
+            if isinstance(payload, Reference) and horizon.start and not known:
                 _check_upload(upload_version(payload.file), horizon)
             return payload
 
@@ -562,7 +562,8 @@ class Judge:
                 old = binding(name)
                 if old is not None and old.size >= 0:
                     raise _Refused(Verdict.EXISTS, f"memory {name!r}")
-                payload = stored(operation.payload)
+                # Of what is restored, values are known; memory was uploaded for this.
+                payload = stored(operation.payload, restoring)
                 effects.append(Bind(name, next_id, payload, old.id if old else 0))
                 overlay[name] = Binding(next_id, -1)
                 next_id += 1
@@ -609,13 +610,16 @@ class Judge:
                 if pins is None:
                     pins = dict(catalog.pins())
                 if isinstance(operation, Collect):
+                    if not all(is_collected(key) for key in operation.dead):
+                        raise _Refused(Verdict.INVALID, "an object that is not to be collected")
                     why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
                     if why is not None:
                         raise _Refused(Verdict.CONFLICT, why)
-                    if not all(_is_key(key) for key in operation.dead):
-                        raise _Refused(Verdict.INVALID, "a key that cannot be one")
+                    voided = horizon.voided
+                    if operation.start > horizon.start:
+                        voided = self.version
                     horizon = msgspec.structs.replace(
-                        horizon, kept=operation.kept, start=operation.start
+                        horizon, kept=operation.kept, start=operation.start, voided=voided
                     )
                     effects.append(SetHorizon(horizon, operation))
                 elif isinstance(operation, Restore):

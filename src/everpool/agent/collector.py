@@ -4,9 +4,12 @@ Every agent may be one, and any number at once are harmless: what is let go of, 
 by `Collect` records in the log (see `everpool.collection`).
 
     make a checkpoint, where somebody waits for the collection
-    list the store; what began long ago and is named by nothing in the newest state is dead
-    commit a record that says so, and what is kept; it tells what nothing needs any more
+    commit a record that says what is kept: uploads from before that are void
+    list the store; what began before that and is named by nothing in the newest state is dead
+    commit a record that says so; both tell what nothing needs any more
     delete that, and what of the log's archive only older versions need
+
+What is dead is looked for only behind the first record: until then, an old upload may be named.
 
 Whoever dies in between leaves objects that the next collection finds.
 """
@@ -21,6 +24,7 @@ from everpool.agent.host import Host
 from everpool.collection import (
     MOST_COLLECTED,
     Plan,
+    is_collected,
     is_needed,
     place_of,
     plan,
@@ -53,14 +57,25 @@ class Progress:
         self.kept = 0
 
 
-class _Found(NamedTuple):
+class _Planned(NamedTuple):
     state: State
+    manifest: Manifest
     places: list[Past]
-    pins: list[int]
     plan: Plan
-    # Keys of dead objects, and of those which were dead before, with their sizes.
+
+    @property
+    def changed(self) -> bool:
+        """Whether less is to be kept than by now."""
+        return self.plan[:2] != (self.state.horizon.kept, self.state.horizon.start)
+
+
+class _Found(NamedTuple):
+    planned: _Planned
+    # Keys with their sizes: of dead objects, of those which were dead before and are needed no
+    # more, and of those for which that was decided already.
     dead: dict[str, int]
     gone: dict[str, int]
+    free: dict[str, int]
 
 
 class Collector:
@@ -80,75 +95,97 @@ class Collector:
         """
         host = self._host
         host.adopt()
-        found = self._look()
+        free = [] if dry_run else self._void()
+        found = self._look(free, dry_run)
         if found is None:
             return 0
-        progress, state = self.progress, found.state
-        progress.kept = found.plan.kept
+        progress, planned = self.progress, found.planned
+        progress.kept = planned.plan.kept
         progress.dead += len(found.dead)
         progress.dead_bytes += sum(found.dead.values())
+        spans = self._spans(planned)
         if dry_run:
             progress.deleted += len(found.gone)
             progress.deleted_bytes += sum(found.gone.values())
-            for listed in host.log.garbage(self._spans(found)):
+            for listed in host.log.garbage(spans):
                 progress.deleted += 1
                 progress.deleted_bytes += listed.size
             return len(found.dead)
         # New hosts must not begin with what is about to go.
-        if host.log.end().start.decode() != state.manifest and found.places[-1].position:
-            host.log.trim(found.places[-1].position, state.manifest.encode())
-        left = list(found.dead)
-        changed = found.plan[:2] != (state.horizon.kept, state.horizon.start)
+        position, manifest = planned.places[-1].position, planned.state.manifest
+        if position and host.log.end().start.decode() != manifest:
+            host.log.trim(position, manifest.encode())
+        self._delete(found.free.items())
+        left, changed = list(found.dead), planned.changed
         while left or found.gone or changed:
-            gone = self._decide(found, left[:MOST_COLLECTED])
+            gone = self._decide(planned, left[:MOST_COLLECTED])
             self._delete((key, found.gone.pop(key, 0)) for key in gone)
             left, changed = left[MOST_COLLECTED:], False
             if not gone:
                 found.gone.clear()  # it is needed again, or somebody else deletes it
-        spans = self._spans(found)
         self._delete((listed.key, listed.size) for listed in host.log.garbage(spans))
         return len(found.dead)
 
-    def _look(self) -> _Found | None:
+    def _void(self) -> list[str]:
+        """Have it decided what is kept, and older uploads void; returns what may be deleted."""
+        with self._host.replica.index.env.begin(buffers=True) as txn:
+            planned = self._plan(txn)
+        if planned is None or not planned.changed:
+            return []
+        return self._decide(planned, [])
+
+    def _plan(self, txn: lmdb.Transaction) -> _Planned | None:
+        """Return what is to be kept; None without a checkpoint."""
+        host = self._host
+        index = host.replica.index
+        state = index.state(txn)
+        if not state.manifest:
+            return None
+        if state.checkpoint != state.flushed:
+            raise UnavailableError("the newest checkpoint is not taken over yet: try again")
+        pins = [pin.version for _, pin in index.pins(txn)]
+        manifest = read_manifest(host.store, state.manifest)
+        places = self._places(manifest, state.manifest)
+        planned = plan(places, pins, state.horizon, state.version, state.time_ns)
+        return _Planned(state, manifest, places, planned)
+
+    def _look(self, free: list[str], dry_run: bool) -> _Found | None:
         """List the store, and compare it with the newest state; None without a checkpoint."""
         host = self._host
         index = host.replica.index
         with index.env.begin(buffers=True) as txn:
-            state = index.state(txn)
-            if not state.manifest:
+            planned = self._plan(txn)
+            if planned is None:
                 return None
-            if state.checkpoint != host.flushed:
-                raise UnavailableError("the newest checkpoint is not taken over yet: try again")
-            pins = [pin.version for _, pin in index.pins(txn)]
             dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
-            live = self._live(txn)
-        manifest = read_manifest(host.store, state.manifest)
-        places = self._places(manifest, state.manifest)
-        live.update((state.manifest, *(run.key for run in manifest.runs)))
-        planned = plan(places, pins, state.horizon, state.version, state.time_ns)
-        dead: dict[str, int] = {}
-        gone: dict[str, int] = {}
+            live = self._live(txn, planned.state)
+        state, kept = planned.state, planned.plan
+        live.update((state.manifest, *(run.key for run in planned.manifest.runs)))
+        void = kept.start if dry_run else state.horizon.start
+        found = _Found(planned, {}, {}, dict.fromkeys(free, 0))
         for folder in _FOLDERS:
             for listed in host.store.list(folder):
                 self.progress.listed += 1
                 key = listed.key
-                if key in dead_before:
-                    if not is_needed(*dead_before[key], planned.start, planned.islands):
-                        gone[key] = listed.size
-                elif key not in live and upload_version(key) < planned.start:
-                    dead[key] = listed.size
+                if key in found.free:
+                    found.free[key] = listed.size
+                elif key in dead_before:
+                    if not is_needed(*dead_before[key], kept.start, kept.islands):
+                        found.gone[key] = listed.size
+                elif key not in live and is_collected(key) and upload_version(key) < void:
+                    found.dead[key] = listed.size
         for key, life in dead_before.items():  # those that were deleted already
-            if key not in gone and not is_needed(*life, planned.start, planned.islands):
-                gone[key] = 0
-        return _Found(state, places, pins, planned, dead, gone)
+            if key not in found.gone and not is_needed(*life, kept.start, kept.islands):
+                found.gone[key] = 0
+        return found
 
-    def _live(self, txn: lmdb.Transaction) -> set[str]:
+    def _live(self, txn: lmdb.Transaction, state: State) -> set[str]:
         """Return the keys of all pages and values that the newest state names."""
         index = self._host.replica.index
         live = {key_of_value(file) for file in index.bulk_files(txn)}
         live.update(key_of_pages(read_page_row(row).segment) for row in index.page_rows(txn))
         # What was stored in memory since the checkpoint.
-        for _, row in index.tail_after(txn, self._host.flushed):
+        for _, row in index.tail_after(txn, state.flushed):
             for record in entry_of(row).records:
                 for operation in record.operations:
                     if isinstance(operation, Write) and isinstance(operation.payload, Reference):
@@ -159,27 +196,20 @@ class Collector:
         places = [*manifest.past, manifest.place(key)]
         return places if self._host.is_branch else [Past(0, 0, 0, ""), *places]
 
-    def _decide(self, found: _Found, dead: list[str]) -> list[str]:
+    def _decide(self, planned: _Planned, dead: list[str]) -> list[str]:
         """Commit a `Collect`; returns the keys of what may be deleted."""
-        state, planned = found.state, found.plan
-        operation = Collect(
-            state.version,
-            state.checkpoint,
-            planned.kept,
-            planned.start,
-            planned.islands,
-            dead,
-        )
+        state = planned.state
+        operation = Collect(state.version, state.checkpoint, *planned.plan, dead)
         result = self._commit(Record(state.version, [], [], [], [operation]))
         if result.verdict is not Verdict.COMMITTED:
             raise UnavailableError(f"nothing more was collected: {result.detail}: try again")
         return [key for old in result.old for key in keys_in(old)]
 
-    def _spans(self, found: _Found) -> list[tuple[int, int]]:
+    def _spans(self, planned: _Planned) -> list[tuple[int, int]]:
         """Return which positions of the log are needed: behind the first, up to the second."""
-        places = found.places
-        spans = [(place_of(places, found.plan.start).position, _END)]
-        for first, pin in found.plan.islands:
+        places, kept = planned.places, planned.plan
+        spans = [(place_of(places, kept.start).position, _END)]
+        for first, pin in kept.islands:
             at = next((at for at, place in enumerate(places) if place.version == first), None)
             if at is not None:
                 end = next((p.position for p in places[at:] if p.version >= pin), _END)

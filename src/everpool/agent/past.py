@@ -82,12 +82,18 @@ class History:
         found = [place for place in self.places if place.time_ns <= time_ns]
         place = found[-1] if found else self.places[0]
         version = place.version
-        # What was collected cannot be looked at, wherever in there the time is.
-        with contextlib.suppress(NotFoundError):
+        try:
             for item in self._log.history(place.position):
                 if item.time_ns > time_ns:
                     break
                 version += len(decode_entry(item.entry).records)
+        except NotFoundError as error:
+            # The next version is younger when the next place is its.
+            if not any(later.version == version + 1 for later in self.places):
+                raise InvalidError(
+                    "what the pool was at that time was collected: snapshots tell which versions "
+                    "of that age are kept"
+                ) from error
         return version
 
     def play(self, player: Player, blocks: BlockMemories, place: Past, version: int) -> None:
