@@ -520,7 +520,7 @@ class Judge:
         floor, checkpoint, horizon = self.floor, self.checkpoint, self.horizon
         pins: dict[str, int] | None = None
         fenced: dict[bytes, SessionState] = {}
-        restoring = False
+        restored = 0  # what is older than that is named again
 
         def binding(name: str) -> Binding | None:
             if not is_name(name):
@@ -545,8 +545,10 @@ class Judge:
         def stored(payload: Payload) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
-            if isinstance(payload, Reference) and horizon.start and not restoring:
-                _check_upload(upload_version(payload.file), horizon)
+            if isinstance(payload, Reference) and horizon.start:
+                began = upload_version(payload.file)
+                if began >= restored:
+                    _check_upload(began, horizon)
             return payload
 
         for operation in record.operations:
@@ -617,13 +619,15 @@ class Judge:
                     effects.append(SetHorizon(horizon, operation))
                 elif isinstance(operation, Restore):
                     horizon = self._restored(operation, horizon, pins)
-                    restoring = True
+                    restored = operation.version
                     effects.append(SetHorizon(horizon, None))
                 else:
                     effects.append(self._pin(operation, pins, horizon))
             elif isinstance(operation, Retain):
                 if operation.age_ns < 0 or operation.versions < 0:
                     raise _Refused(Verdict.INVALID, "less than nothing to keep")
+                if operation.age_ns > horizon.age_ns or operation.versions > horizon.versions:
+                    horizon = msgspec.structs.replace(horizon, restored=self.version)
                 horizon = msgspec.structs.replace(
                     horizon, age_ns=operation.age_ns, versions=operation.versions
                 )

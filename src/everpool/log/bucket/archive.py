@@ -1,5 +1,6 @@
 """Reading what is sealed: chunks, tables and large entries, fetched in parallel, and a cache."""
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,11 +70,21 @@ class Archive:
         ]
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
-        """Yield the entries behind `after` up to `last`, trimmed or not."""
+        """Yield the entries behind `after` up to `last`, trimmed or not.
+
+        Those before the first that is gone are there for whoever wants no more.
+        """
         found: list[tuple[int, Stored]] = []
         size = 0
-        for position, stored in self._all(head, after, _HISTORY_BYTES):
-            if position > last:
+        gone: NotFoundError | None = None
+        entries = self._all(head, after, _HISTORY_BYTES)
+        while True:
+            try:
+                position, stored = next(entries, (last + 1, None))
+            except NotFoundError as error:
+                gone = error
+                break
+            if stored is None or position > last:
                 break
             found.append((position, stored))
             size += stored.size
@@ -81,6 +92,8 @@ class Archive:
                 yield from self._with_bodies(found)
                 found, size = [], 0
         yield from self._with_bodies(found)
+        if gone is not None:
+            raise gone
 
     def find(self, head: Head, id: bytes, after: int) -> int | None:
         """Return where behind `after` the entry of the append `id` is; None: nowhere.
@@ -100,8 +113,12 @@ class Archive:
             span = parse_span(listed.key)
             if span is None or span[1] > limit or _meets(span, kept):
                 continue
+            try:
+                entries = self._chunk(_reference(listed, span), head.log_id)
+            except NotFoundError:
+                continue  # somebody else has deleted it meanwhile
             # Its large entries first: nothing else tells of them.
-            for stored in self._chunk(_reference(listed, span), head.log_id):
+            for stored in entries:
                 if stored.data is None:
                     key = f"{self._prefix}/{stored.key}"
                     yield Listed(key, stored.size, listed.modified_ns)
@@ -129,8 +146,9 @@ class Archive:
         for listed in self._store.list(f"{self._prefix}/{CHUNKS}") if found else ():
             span = parse_span(listed.key)
             if span is not None and span[1] > first and (span[1] > limit or _meets(span, kept)):
-                for stored in self._chunk(_reference(listed, span), head.log_id):
-                    found.pop(stored.id, None)
+                with contextlib.suppress(NotFoundError):  # then its large entries are gone, too
+                    for stored in self._chunk(_reference(listed, span), head.log_id):
+                        found.pop(stored.id, None)
         for stored in head.entries:
             found.pop(stored.id, None)
         return {listed.key: listed for listed in found.values()}
