@@ -161,6 +161,11 @@ def place_of(places: Sequence[P], version: int) -> P:
     return next(place for place in reversed(places) if place.version <= version)
 
 
+def end_of(places: Iterable[Place], version: int) -> int | None:
+    """Return the position up to which the log is kept where a version is; None: to its end."""
+    return next((place.position for place in places if place.version >= version), None)
+
+
 def needed_places(places: Sequence[P], pins: Iterable[int], kept: int) -> list[P]:
     """Return those of the places at which something begins that is kept.
 
@@ -213,6 +218,6 @@ def needed_spans(places: Sequence[Place], planned: Plan) -> list[tuple[int, int]
     for first, pin in planned.islands:
         at = next((at for at, place in enumerate(places) if place.version == first), None)
         if at is not None:
-            end = next((place.position for place in places[at:] if place.version >= pin), _END)
-            spans.append((places[at].position, end))
+            end = end_of(places, pin)
+            spans.append((places[at].position, _END if end is None else end))
     return spans

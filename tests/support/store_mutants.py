@@ -14,8 +14,8 @@ from everpool.errors import (
     CommitUnknownError,
     ConflictError,
     EverpoolError,
+    InvalidError,
     NotFoundError,
-    UnavailableError,
 )
 from everpool.log import Appended, End
 from everpool.records import Checkpoint, Collect, Record, Restore, Retain
@@ -63,17 +63,6 @@ class AnyCheckpointBefore(Judge):
 
 class LateUploadsAccepted(_Patched):
     patches: ClassVar = {"_check_upload": lambda began, horizon: None}
-
-
-class LateCheckpointsAccepted(Judge):
-    """Does not ask when the uploads of a checkpoint began."""
-
-    def _effects(self, record: Record, effects: list[Effect]) -> int:
-        operations = [
-            msgspec.structs.replace(one, began=1 << 60) if isinstance(one, Checkpoint) else one
-            for one in record.operations
-        ]
-        return super()._effects(msgspec.structs.replace(record, operations=operations), effects)
 
 
 class RestoresMayNameAnything(Judge):
@@ -163,6 +152,9 @@ class CheckpointMixesVersions(Steward):
 class DeadBeforeVoid(Collector):
     """Calls dead what a record may still name."""
 
+    def voids(self, look: Look) -> bool:
+        return False
+
     def sort_out(self, listed: Iterable[tuple[str, int]], look: Look) -> Unneeded:
         return unneeded(listed, look.live, look.dead_before, look.plan.start, look.plan)
 
@@ -220,18 +212,11 @@ class NewHostsBeginWithWhatGoes(Collector):
 class LostAnswerIsAFailure(SteppedLog):
     """Says that nothing was appended when an answer is lost."""
 
-    def append(self, entry: bytes, expected: int | None = None) -> int:
-        try:
-            return super().append(entry, expected)
-        except CommitUnknownError as error:
-            raise UnavailableError(error.message) from error
-
-
     def _swap(self, data: bytes, known: object) -> str:
         try:
             return super()._swap(data, known)  # type: ignore[arg-type]
         except CommitUnknownError as error:
-            raise UnavailableError(error.message) from error
+            raise InvalidError(error.message) from error
 
 
 class LostAnswerIsASuccess(SteppedLog):

@@ -71,7 +71,8 @@ def _simulate(seed: int, settings: Settings, parts: Parts) -> Report:
             return
         for _ in range(settings.writers):
             host.spawn("writer", write(host))
-        host.spawn("keeper", keep(host))
+        for _ in range(settings.keepers):
+            host.spawn("keeper", keep(host))
         host.serve("steward", lambda: parts.steward(host).serve())
         host.serve("collector", lambda: parts.collector(host).serve())
 
@@ -81,6 +82,7 @@ def _simulate(seed: int, settings: Settings, parts: Parts) -> Report:
     world.calm = False
     hosts = [Host(world, truth, processes) for _ in range(settings.hosts)]
     world.spawn("trouble", _trouble(world, hosts))
+    world.spawn("lull", _lulls(world))
     world.spawn("reader", look(hosts[0]))
     _run(world, lambda: world.clock.now >= settings.ticks)
     world.calm = True
@@ -112,6 +114,13 @@ def _trouble(world: World, hosts: list[Host]) -> Steps:
         host = world.rng.choice(hosts)
         if host.up and not world.calm:
             host.crash(disk_lost=world.rng.random() < world.settings.disk_lost)
+
+
+def _lulls(world: World) -> Steps:
+    """Let nobody write for a while, now and then."""
+    while not world.calm:
+        yield world.rng.randint(1, 2 * world.settings.lull_every)
+        world.lull = world.clock.now + world.rng.randint(1, 2 * world.settings.lull_ticks)
 
 
 def _do(world: World, steps: Steps) -> None:

@@ -55,6 +55,7 @@ class Collector:
             yield world.rng.randint(1, 2 * world.settings.collect_every)
             try:
                 yield from self.collect()
+                self.host.truth.look()
             except EverpoolError as error:
                 world.happened(f"no collection: {error.kind}")
 
@@ -65,15 +66,16 @@ class Collector:
             return
         self.begin_at(look)
         first: list[str] = []
-        if look.plan.start > look.horizon.start:
+        yield self.world.rng.randint(0, self.world.rng.choice([5, 300]))
+        if self.voids(look):
             decided = yield from self.decide(look, [])
             if decided is None:
                 return
             first = decided
-            look = self.look()
+            look = yield from patiently(self.world, self.look)
             if look is None:
                 return
-            self.begin_at(look)
+            yield from patiently(self.world, lambda: self.begin_at(look))
         yield self.world.rng.randint(0, 200)
         found = yield from self.compare(look, first)
         yield from self.delete(first)
@@ -110,6 +112,10 @@ class Collector:
         places = places_of(self.store, key)
         planned = plan(places, pins, horizon, state, time_ns)
         return Look(state, version, key, horizon, places, planned, live, dead_before)
+
+    def voids(self, look: Look) -> bool:
+        """Whether a record has to make uploads void before any is found dead."""
+        return look.plan.start > look.horizon.start
 
     def live(self) -> set[str]:
         """Return the keys of all pages and values that the newest state names."""

@@ -44,13 +44,15 @@ class Steward:
     def checkpoint(self) -> Steps:
         """Make a checkpoint."""
         world, host = self.world, self.host
-        host.adopt()
+        yield from patiently(world, host.adopt)
         disk = host.disk
         before = host.replica.disk.index
         version, key = before.newest_checkpoint
         if disk is None or before.version == version:
             return
-        previous = read_manifest(self.store, key) if key else None
+        previous = None
+        if key:
+            previous = yield from patiently(world, lambda: read_manifest(self.store, key))
         if previous is not None and previous.version != disk.flushed:
             return
         self.began = before.version
@@ -82,7 +84,8 @@ class Steward:
         if previous is None or is_folded(runs):
             runs, base, after = [], {}, 0
         else:
-            base, after = read_rows(self.store, previous), previous.version
+            base = yield from patiently(world, lambda: read_rows(self.store, previous))
+            after = previous.version
         yield world.rng.randint(0, 15)
         delta = changes(base, rows)
         for part in (delta[: len(delta) // 2], delta[len(delta) // 2 :]):
@@ -111,9 +114,10 @@ class Steward:
             world.happened("somebody else made a checkpoint")
             return
         world.happened("checkpoint")
-        yield world.rng.randint(0, 60)
-        host.adopt()
-        self.committer.log.trim(manifest.position, new.encode())
+        yield world.rng.randint(0, world.rng.choice([60, 60, 1500]))
+        yield from patiently(
+            world, lambda: self.committer.log.trim(manifest.position, new.encode())
+        )
 
     def _put(
         self, place: Place, last: int, data: bytes, pages: dict[Place, tuple[int, bytes]]

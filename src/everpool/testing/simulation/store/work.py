@@ -89,7 +89,8 @@ def upload(host: Host, data: bytes) -> Generator[int, None, Reference]:
     yield world.rng.randint(0, 40)
     store = world.store()
     yield from patiently(world, lambda: store.put(key, data))
-    yield world.rng.randint(0, 40)
+    slow = world.chance(world.settings.slow)
+    yield world.rng.randint(0, world.settings.slow_ticks if slow else 40)
     return Reference(file, len(data), bytes(16))
 
 
@@ -99,6 +100,8 @@ def write(host: Host) -> Steps:
     committer = Committer(host)
     while not world.calm:
         yield world.rng.randint(1, 2 * world.settings.rest)
+        if world.clock.now < world.lull:
+            continue
         try:
             work = yield from _work(host)
             if work.operations:
@@ -159,23 +162,25 @@ def keep(host: Host) -> Steps:
     rng = world.rng
     committer = Committer(host)
     while not world.calm:
-        yield rng.randint(1, 6 * world.settings.rest)
+        yield rng.randint(1, 2 * world.settings.keep_every)
         index = host.replica.disk.index
         dice = rng.random()
         try:
-            if dice < 0.35:
-                among = [0, index.version, index.horizon.kept, *index.snapshots.values()]
-                version = rng.choice([*among, rng.randint(index.horizon.kept, index.version)])
+            if rng.random() < world.settings.restores:
+                yield from _restore(committer)
+            elif dice < 0.5:
+                kept, newest = index.horizon.kept, index.newest_checkpoint[0]
+                among = [0, kept, rng.randint(kept, index.version), *index.snapshots.values()]
+                old = rng.randint(kept, max(kept, newest))
+                version = old if rng.random() < 0.7 else rng.choice(among)
                 yield rng.choice([0, 0, rng.randint(1, 2000)])
                 word = rng.choice(["snapshot", "branch at"])
-                yield from _alone(committer, Pin(f"{word} {rng.randrange(4)}", version))
-            elif dice < 0.6 and index.snapshots:
+                yield from _alone(committer, Pin(f"{word} {rng.randrange(6)}", version))
+            elif dice < 0.85 and index.snapshots:
                 yield from _alone(committer, Unpin(rng.choice(sorted(index.snapshots))))
-            elif dice < 0.7:
+            else:
                 age_ns = rng.choice([0, 0, 500, 3000]) * TICK_NS
                 yield from _alone(committer, Retain(age_ns, rng.choice([0, 0, 5, 30])))
-            else:
-                yield from _restore(committer)
         except CorruptionError:
             raise
         except EverpoolError:
@@ -242,9 +247,4 @@ def look(host: Host) -> Steps:
     world, truth = host.world, host.truth
     while not world.calm:
         yield world.rng.randint(1, 2 * world.settings.look_every)
-        kept = truth.kept()
-        pins = list(truth.replica.disk.index.snapshots.values())
-        for version in {world.rng.choice(kept), kept[0], *pins[:1]}:
-            truth.check_past(version)
-        truth.check_beginning()
-        world.happened("looked")
+        truth.look()

@@ -32,17 +32,25 @@ Steps = Generator[int, None, None]
 class Settings(NamedTuple):
     """How a simulation goes. Times are in ticks, chances from 0 to 1 and for each request or step.
 
-    At each request to the store up to `others` steps of other processes may come before it.
+    At each request to the store up to `others` steps of other processes may come before it, and
+    those of up to `sleep_ticks`. Between an upload and its record `slow_ticks` may go by.
     """
 
     hosts: int = 3
     writers: int = 2
-    ticks: int = 9_000
-    head_bytes: int = 1500
+    ticks: int = 6_000
+    head_bytes: int = 900
     rest: int = 120
-    steward_every: int = 900
-    collect_every: int = 900
-    look_every: int = 1500
+    lull_every: int = 1500
+    lull_ticks: int = 1500
+    slow: float = 0.25
+    slow_ticks: int = 2500
+    keepers: int = 1
+    keep_every: int = 360
+    restores: float = 0.3
+    steward_every: int = 400
+    collect_every: int = 400
+    look_every: int = 800
     floor_lag: int = 40
     interleaved: float = 0.10
     others: int = 5
@@ -51,6 +59,8 @@ class Settings(NamedTuple):
     lost: float = 0.03
     late: float = 0.02
     late_ticks: int = 2500
+    sleeps: float = 0.004
+    sleep_ticks: int = 1500
     stale_list: float = 0.4
     stale_ticks: int = 1500
     pause: float = 0.015
@@ -123,6 +133,8 @@ class World:
         self.clock = Clock()
         self.shelf = Shelf(self.now_ns)
         self.calm = True
+        # Until then nobody writes; what keeps the store in order goes on.
+        self.lull = 0
         self.processes: set[Process] = set()
         self.running: list[Process] = []
         self.events: dict[str, int] = {}
@@ -167,6 +179,9 @@ class World:
         if 0 < deep <= _DEEPEST and self.chance(self.settings.interleaved):
             for _ in range(self.rng.randint(1, self.settings.others)):
                 self.clock.step()
+        if self.running and self.chance(self.settings.sleeps):
+            self.happened("request slept")
+            self.rest(self.rng.randint(1, self.settings.sleep_ticks))
         self.check()
 
     def rest(self, ticks: int) -> None:
