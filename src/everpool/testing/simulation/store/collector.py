@@ -66,7 +66,7 @@ class Collector:
             return
         self.begin_at(look)
         first: list[str] = []
-        yield self.world.rng.randint(0, self.world.rng.choice([5, 300]))
+        yield self.world.rng.randint(0, self.world.rng.choice([5, 300, 900]))
         if self.voids(look):
             decided = yield from self.decide(look, [])
             if decided is None:

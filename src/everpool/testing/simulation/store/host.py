@@ -23,7 +23,7 @@ from everpool.records import (
 )
 from everpool.replica.bulk import key_of_value
 from everpool.segments.checkpoints import read_manifest
-from everpool.testing.memory_replica import Disk, MemoryReplica, Outcome
+from everpool.testing.memory_replica import Disk, Outcome
 from everpool.testing.simulation.store.segments import (
     BLOCK,
     Place,

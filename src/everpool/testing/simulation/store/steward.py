@@ -74,7 +74,8 @@ class Steward:
         pins, kept = list(index.snapshots.values()), index.horizon.kept
         rows = rows_of(replica, disk.pages)
         memories = set(index.memory)
-        floor = max(index.floor, index.version - world.rng.randint(0, world.settings.floor_lag))
+        lag = world.settings.floor_lag
+        floor = max(index.floor, index.version - world.rng.randint(lag // 2, lag))
         for place, last, data in rest:
             yield from self._put(place, last, data, pages)
         for place, (_, row) in pages.items():
@@ -114,10 +115,8 @@ class Steward:
             world.happened("somebody else made a checkpoint")
             return
         world.happened("checkpoint")
-        yield world.rng.randint(0, world.rng.choice([60, 60, 1500]))
-        yield from patiently(
-            world, lambda: self.committer.log.trim(manifest.position, new.encode())
-        )
+        yield world.rng.randint(0, world.rng.choice([60, 60, 3000]))
+        self.committer.log.trim(manifest.position, new.encode())
 
     def _put(
         self, place: Place, last: int, data: bytes, pages: dict[Place, tuple[int, bytes]]

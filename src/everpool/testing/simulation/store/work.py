@@ -20,7 +20,6 @@ from everpool.records import (
     Unpin,
     Write,
 )
-from everpool.replica.bulk import key_of_value
 from everpool.testing.memory_replica import MemoryReplica
 from everpool.testing.simulation.store.host import Committer, Host
 from everpool.testing.simulation.store.segments import BLOCK
@@ -199,8 +198,9 @@ def _restore(committer: Committer) -> Steps:
     host = committer.host
     world, rng = host.world, host.world.rng
     index = host.replica.disk.index
-    kept = [*index.snapshots.values(), index.horizon.kept, index.version]
-    version = rng.choice([*kept, rng.randint(index.horizon.kept, index.version)])
+    kept = [index.horizon.kept, index.version, rng.randint(index.horizon.kept, index.version)]
+    pins = list(index.snapshots.values())
+    version = rng.choice(pins if pins and rng.random() < 0.7 else kept)
     if not version:
         return
     # What it was is read from the store; that this is true is checked elsewhere.

@@ -14,7 +14,7 @@ from everpool.log import ArchivedLog
 from everpool.log.bucket import BucketLog
 from everpool.log.bucket.archive import Archive
 from everpool.log.bucket.engine import _Known  # pyright: ignore[reportPrivateUsage]
-from everpool.store import Data, Listed
+from everpool.store import Listed
 from everpool.store.memory import Fault, MemoryStore, Shelf
 from everpool.testing.simulation.world import Clock
 
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     steward_every: int = 400
     collect_every: int = 400
     look_every: int = 800
-    floor_lag: int = 40
+    floor_lag: int = 150
     interleaved: float = 0.10
     others: int = 5
     refused: float = 0.01
