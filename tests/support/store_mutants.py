@@ -201,7 +201,16 @@ class LogOfSnapshotsDropped(Collector):
         return super().spans(look._replace(plan=look.plan._replace(islands=[])))
 
 
+class NeverTrims(Steward):
+    """Dies, whenever it should trim the log: this must be harmless."""
+
+    def trim(self, position: int, manifest: str) -> None:
+        pass
+
+
 class NewHostsBeginWithWhatGoes(Collector):
+    """Does not trim the log up to the newest checkpoint, when stewards did not."""
+
     def begin_at(self, look: Look) -> None:
         pass
 
@@ -230,7 +239,10 @@ class LostAnswerIsASuccess(SteppedLog):
 
 
 class NumberedSlots:
-    """A log of an object for each position, put where there is none: trimming frees slots."""
+    """A log of an object for each position, put where there is none: trimming frees slots.
+
+    What is trimmed goes into an archive before.
+    """
 
     def __init__(self, world: World, store: MemoryStore) -> None:
         self._world = world
@@ -275,7 +287,8 @@ class NumberedSlots:
         return list(self.history(after))
 
     def history(self, after: int, last: int | None = None) -> Iterator[Appended]:
-        for position, key in self._slots():
+        old = [(int(one.key[-20:]), one.key) for one in self._store.list("log/archive")]
+        for position, key in sorted({**dict(self._slots()), **dict(old)}.items()):
             if after < position and (last is None or position <= last):
                 data = self._store.get(key).data
                 yield Appended(position, int.from_bytes(data[:8], "big"), data[8:])
@@ -287,17 +300,21 @@ class NumberedSlots:
 
     def trim(self, position: int, start: bytes) -> None:
         trimmed, _, e_tag = self._note()
-        if position >= trimmed:
-            self._store.swap("log/note", b"%d " % position + start, e_tag)
+        if position < trimmed:
+            return
+        old = [(at, key) for at, key in self._slots() if at <= position]
+        for at, key in old:
+            self._store.put(f"log/archive/{at:020d}", self._store.get(key).data)
+        self._store.swap("log/note", b"%d " % position + start, e_tag)
+        self._store.delete([key for _, key in old])
 
     def wait(self, after: int, timeout_s: float) -> bool:
         return self.end().position > after
 
     def garbage(self, kept: Sequence[tuple[int, int]]) -> Iterator[Listed]:
-        trimmed = self._note()[0]
-        for listed in self._store.list("log/slots"):
-            position = int(listed.key.rpartition("/")[2])
-            if position <= trimmed and not any(first < position <= last for first, last in kept):
+        for listed in self._store.list("log/archive"):
+            position = int(listed.key[-20:])
+            if not any(first < position <= last for first, last in kept):
                 yield listed
 
     def close(self) -> None:
@@ -308,6 +325,8 @@ def parts_of(mutant: type) -> Parts:
     """Return what is simulated, with a mutant in its place."""
     if mutant is DeadBeforeVoid:
         return Parts(replica=judged_by(_NamedMayBeDead), collector=DeadBeforeVoid)
+    if mutant is NewHostsBeginWithWhatGoes:
+        return Parts(steward=NeverTrims, collector=mutant)
     if issubclass(mutant, Judge):
         return Parts(replica=judged_by(mutant))
     if issubclass(mutant, MemoryReplica):

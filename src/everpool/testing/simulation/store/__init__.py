@@ -12,7 +12,6 @@ moment, and at the end, what the log says is kept must be readable from the stor
 from collections.abc import Callable
 from typing import NamedTuple
 
-from everpool.errors import EverpoolError
 from everpool.log import ArchivedLog
 from everpool.records import Operation, Record, Retain, Unpin
 from everpool.store.memory import MemoryStore
@@ -78,7 +77,7 @@ def _simulate(seed: int, settings: Settings, parts: Parts) -> Report:
 
     hosts = [Host(world, truth, lambda host: None)]
     _run(world, lambda: hosts[0].up)
-    _commit(world, hosts[0], *genesis(world.rng))
+    _commit(world, hosts[0], *genesis(world))
     world.calm = False
     hosts = [Host(world, truth, processes) for _ in range(settings.hosts)]
     world.spawn("trouble", _trouble(world, hosts))

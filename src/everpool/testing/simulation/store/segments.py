@@ -15,10 +15,9 @@ from collections.abc import Mapping
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from everpool.collection import Horizon
 from everpool.errors import CorruptionError, NotFoundError
 from everpool.segments.checkpoints import key_of_pages, read_manifest, read_run
-from everpool.segments.format import Manifest, Page, Past, Run, encode_run, read_page_row
+from everpool.segments.format import Manifest, Page, Past, Row, Run, encode_run, read_page_row
 from everpool.store import Store
 from everpool.testing.memory_replica import Checkpoint, MemoryReplica
 from everpool.testing.memory_replica import Row as Bound
@@ -64,10 +63,10 @@ def pages_in(rows: Rows) -> dict[Place, bytes]:
     }
 
 
-def changes(before: Rows, after: Rows) -> list[tuple[bytes, bytes | None]]:
+def changes(before: Rows, after: Rows) -> list[Row]:
     """Return the rows that make `after` of `before`."""
-    found = [(key, after.get(key)) for key in {*before, *after} if before.get(key) != after.get(key)]
-    return sorted(found)
+    keys = sorted({*before, *after})
+    return [(key, after.get(key)) for key in keys if before.get(key) != after.get(key)]
 
 
 def put_page(store: Store, key: str, data: bytes) -> Page:
@@ -76,7 +75,7 @@ def put_page(store: Store, key: str, data: bytes) -> Page:
     return Page(key.rpartition("/")[2], 0, len(data), xxh3_64_intdigest(data))
 
 
-def put_run(store: Store, key: str, rows: list[tuple[bytes, bytes | None]], after: int, to: int) -> Run:
+def put_run(store: Store, key: str, rows: list[Row], after: int, to: int) -> Run:
     """Upload rows."""
     data = encode_run(rows)
     store.put(key, data)
@@ -129,7 +128,7 @@ def replica_of(
             state.garbage.append((key[1:].decode(), _decode(row, type=tuple[int, int])))
         elif key[:1] == _NAME:
             bound = _decode(row, type=Bound)
-            state.names.append((key[1:].decode(), *bound))
+            state.names.append((key[1:].decode(), bound.id, bound.size, bound.payload))
         elif key[:1] == _MEMORY:
             sizes[int.from_bytes(key[1:], "big")] = _decode(row, type=int)
     memory = {id: bytearray(size) for id, size in sizes.items()}
@@ -140,14 +139,10 @@ def replica_of(
 
 
 def places_of(store: Store, key: str) -> list[Past]:
-    """Return where a replica may begin, by the manifest under a key; version 0 is the empty pool."""
+    """Return where a replica may begin, by the manifest under a key; at version 0 at least."""
     places = [Past(0, 0, 0, "")]
     if key:
         found = read_manifest(store, key)
         places += [*found.past, Past(found.version, found.time_ns, found.position, key)]
     return places
 
-
-def horizon_of(replica: MemoryReplica) -> Horizon:
-    """Return what is kept of the past."""
-    return replica.disk.index.horizon

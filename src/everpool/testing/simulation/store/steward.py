@@ -1,5 +1,7 @@
 """The steward of a simulated host: the steps of `everpool.agent.steward`, one at a time."""
 
+from functools import partial
+
 from everpool.collection import needed_places
 from everpool.errors import EverpoolError
 from everpool.records import Checkpoint, Floor, Record
@@ -90,16 +92,9 @@ class Steward:
         yield world.rng.randint(0, 15)
         delta = changes(base, rows)
         for part in (delta[: len(delta) // 2], delta[len(delta) // 2 :]):
-            run = world.key("index", self.began)
-            put = put_run
-            runs.append(
-                (
-                    yield from patiently(
-                        world,
-                        lambda run=run, part=part: put(self.store, run, part, after, state[0]),
-                    )
-                )
-            )
+            new = world.key("index", self.began)
+            put = partial(put_run, self.store, new, part, after, state[0])
+            runs.append((yield from patiently(world, put)))
             yield world.rng.randint(0, 15)
         past = [] if previous is None else [*previous.past, _past_of(previous, key)]
         manifest = Manifest(bytes(16), *state, runs, self.places(past, pins, kept))
@@ -116,7 +111,7 @@ class Steward:
             return
         world.happened("checkpoint")
         yield world.rng.randint(0, world.rng.choice([60, 60, 3000]))
-        self.committer.log.trim(manifest.position, new.encode())
+        self.trim(manifest.position, new)
 
     def _put(
         self, place: Place, last: int, data: bytes, pages: dict[Place, tuple[int, bytes]]
@@ -135,6 +130,10 @@ class Steward:
     def last(self, pages: dict[Place, tuple[int, bytes]]) -> list[Place]:
         """Return what is gathered last, as of the checkpoint's version."""
         return self.left(pages)
+
+    def trim(self, position: int, manifest: str) -> None:
+        """Let the log begin with the new checkpoint; who dies before leaves it as it is."""
+        self.committer.log.trim(position, manifest.encode())
 
     def places(self, past: list[Past], pins: list[int], kept: int) -> list[Past]:
         """Return which of the checkpoints before the new one keeps."""

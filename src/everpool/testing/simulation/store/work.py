@@ -1,6 +1,5 @@
 """What the processes of hosts do in a simulation with a store: write, keep, and bring back."""
 
-import random
 from collections.abc import Generator
 
 from everpool.errors import CorruptionError, EverpoolError
@@ -23,7 +22,7 @@ from everpool.records import (
 from everpool.testing.memory_replica import MemoryReplica
 from everpool.testing.simulation.store.host import Committer, Host
 from everpool.testing.simulation.store.segments import BLOCK
-from everpool.testing.simulation.store.world import TICK_NS, Steps, patiently
+from everpool.testing.simulation.store.world import TICK_NS, Steps, World, patiently
 from everpool.testing.simulation.witness import SawBytes, SawName, SawNames, Sight
 
 MEMORY = 6 * BLOCK
@@ -72,11 +71,17 @@ class Work:
         return Record(self.snapshot, self.names, self.prefixes, self.ranges, self.operations)
 
 
-def genesis(rng: random.Random) -> list[Operation]:
+def genesis(world: World) -> list[Operation]:
     """Return the first commit of a simulation: little is kept, and there is memory."""
-    age_ns = rng.choice([0, 0, 500, 3000]) * TICK_NS
-    allocate = [Allocate(name, MEMORY, b"") for name in _MEMORIES]
-    return [Retain(age_ns, rng.choice([0, 0, 5, 30])), *allocate]
+    return [_retention(world), *(Allocate(name, MEMORY, b"") for name in _MEMORIES)]
+
+
+def _retention(world: World) -> Retain:
+    """Return how much is to be kept from now on."""
+    rng = world.rng
+    if rng.random() >= world.settings.retention:
+        return Retain(0, 0)
+    return Retain(rng.choice([0, 500, 3000]) * TICK_NS, rng.choice([0, 5, 30]))
 
 
 def upload(host: Host, data: bytes) -> Generator[int, None, Reference]:
@@ -178,8 +183,7 @@ def keep(host: Host) -> Steps:
             elif dice < 0.85 and index.snapshots:
                 yield from _alone(committer, Unpin(rng.choice(sorted(index.snapshots))))
             else:
-                age_ns = rng.choice([0, 0, 500, 3000]) * TICK_NS
-                yield from _alone(committer, Retain(age_ns, rng.choice([0, 0, 5, 30])))
+                yield from _alone(committer, _retention(world))
         except CorruptionError:
             raise
         except EverpoolError:

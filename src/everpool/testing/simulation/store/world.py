@@ -48,6 +48,7 @@ class Settings(NamedTuple):
     keepers: int = 1
     keep_every: int = 360
     restores: float = 0.3
+    retention: float = 0.7
     steward_every: int = 400
     collect_every: int = 400
     look_every: int = 800
