@@ -297,3 +297,24 @@ def test_a_snapshot_can_be_looked_at_when_the_log_behind_it_is_gone(pool: Any) -
     pool.collect()
     with pool.at("early") as past:
         assert past["large"] == b"1" * 60_000
+
+
+def test_a_host_that_slept_begins_anew_when_what_it_would_play_was_collected(
+    pool: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    memory = pool.allocate("memory", 4 << 20)
+
+    def leave(why: str) -> None:
+        raise InterruptedError(why)
+
+    with other_agent(tmp_path, url) as server:
+        monkeypatch.setattr(server.host, "leave", leave)
+        memory[:] = b"a" * (4 << 20)
+        memory.fetch_add(0, 1)
+        memory[:] = b"b" * (4 << 20)
+        assert len(objects(tmp_path, "values")) == 2
+        pool.collect()
+        assert not objects(tmp_path, "values")
+        with pytest.raises(InterruptedError, match="was collected"):
+            server.host.sync()

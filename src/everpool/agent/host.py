@@ -136,7 +136,16 @@ class Host:
                         )
                     return
                 for item in items:
-                    self._play(item)
+                    try:
+                        self._play(item)
+                    except (CorruptionError, NotFoundError) as error:
+                        self._check_trimmed(item, error)
+                        raise
+
+    def _check_trimmed(self, item: Appended, error: EverpoolError) -> None:
+        """Leave when an entry cannot be played that nobody plays any more who begins now."""
+        if item.position <= self._asked(self.log.end).trimmed:
+            self.leave(f"what the trimmed entry {item.position} needs was collected: {error}")
 
     def _read(self) -> list[Appended]:
         """Return what comes next, also when it was trimmed before it was played here."""

@@ -16,6 +16,7 @@ from everpool.log.bucket.archive import Archive
 from everpool.log.bucket.engine import _Known  # pyright: ignore[reportPrivateUsage]
 from everpool.store import Listed
 from everpool.store.memory import Fault, MemoryStore, Shelf
+from everpool.testing.simulation.witness import Violation
 from everpool.testing.simulation.world import Clock
 
 TICK_NS = 1_000_000
@@ -109,6 +110,9 @@ class Process:
             return
         except Killed:
             return
+        except EverpoolError as error:
+            # Not an error of whoever's request this step has crossed with.
+            raise Violation(f"{self.name}: {error}") from error
         finally:
             world.running.pop()
         if self.alive:
