@@ -12,8 +12,8 @@ from everpool.testing.simulation.store import Parts, Settings, simulate_store
 from support import store_mutants as mutants
 
 SOAK = os.environ.get("EVERPOOL_SOAK") == "1"
-SEEDS = 4_000 if SOAK else 60
-CHUNK = 200 if SOAK else 20
+SEEDS = 4_000 if SOAK else 120
+CHUNK = 200 if SOAK else 30
 EVENTS = {
     "Collect",
     "Pin",
