@@ -523,7 +523,7 @@ class Judge:
         floor, checkpoint, horizon = self.floor, self.checkpoint, self.horizon
         pins: dict[str, int] | None = None
         fenced: dict[bytes, SessionState] = {}
-        restoring = False
+        restored = 0  # what is older than that is named again
 
         def binding(name: str) -> Binding | None:
             if not is_name(name):
@@ -545,11 +545,13 @@ class Judge:
                 )
             return id
 
-        def stored(payload: Payload, known: bool = False) -> Payload:
+        def stored(payload: Payload, bound: bool = False) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
-            if isinstance(payload, Reference) and horizon.start and not known:
-                _check_upload(upload_version(payload.file), horizon)
+            if isinstance(payload, Reference) and horizon.start:
+                began = upload_version(payload.file)
+                if not bound or began >= restored:
+                    _check_upload(began, horizon)
             return payload
 
         for operation in record.operations:
@@ -563,7 +565,7 @@ class Judge:
                 if old is not None and old.size >= 0:
                     raise _Refused(Verdict.EXISTS, f"memory {name!r}")
                 # Of what is restored, values are known; memory was uploaded for this.
-                payload = stored(operation.payload, restoring)
+                payload = stored(operation.payload, bound=True)
                 effects.append(Bind(name, next_id, payload, old.id if old else 0))
                 overlay[name] = Binding(next_id, -1)
                 next_id += 1
@@ -624,13 +626,15 @@ class Judge:
                     effects.append(SetHorizon(horizon, operation))
                 elif isinstance(operation, Restore):
                     horizon = self._restored(operation, horizon, pins)
-                    restoring = True
+                    restored = operation.version
                     effects.append(SetHorizon(horizon, None))
                 else:
                     effects.append(self._pin(operation, pins, horizon))
             elif isinstance(operation, Retain):
                 if operation.age_ns < 0 or operation.versions < 0:
                     raise _Refused(Verdict.INVALID, "less than nothing to keep")
+                if operation.age_ns > horizon.age_ns or operation.versions > horizon.versions:
+                    horizon = msgspec.structs.replace(horizon, restored=self.version)
                 horizon = msgspec.structs.replace(
                     horizon, age_ns=operation.age_ns, versions=operation.versions
                 )

@@ -188,8 +188,8 @@ def install_traps() -> None:
     after(BucketLog, "trim", lambda *_: strike("trimmed"))
     vars(collector)["_DELETED_AT_ONCE"] = 1
     vars(collector)["MOST_COLLECTED"] = 3
-    after(collector.Collector, "_plan", lambda *_: strike("planned"))
-    after(collector.Collector, "_look", lambda *_: strike("listed"))
+    after(collector.Collector, "_look", lambda *_: strike("planned"))
+    after(collector.Collector, "_compare", lambda *_: strike("listed"))
     after(collector.Collector, "_decide", lambda *_: strike("decided"))
     after(DirectoryStore, "delete", lambda *_: strike("deleted"))
 

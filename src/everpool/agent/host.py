@@ -180,7 +180,7 @@ class Host:
         """
         start = self._asked(self.log.end).start.decode()
         if upload_version(start) > self.version:
-            self.leave(f"new hosts begin with {start}, and {error.message}")
+            self.leave(f"what it would play was collected, new hosts begin with {start}: {error}")
 
     def append(self, entry: bytes) -> int:
         """Append to the log; returns the position."""

@@ -17,6 +17,7 @@ from everpool.agent.checking import Check
 from everpool.agent.host import LOG, make_replica
 from everpool.agent.scratch import Scratch
 from everpool.agent.values import CachedValues
+from everpool.collection import end_of
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
 from everpool.log import Appended
@@ -82,8 +83,9 @@ class History:
         found = [place for place in self.places if place.time_ns <= time_ns]
         place = found[-1] if found else self.places[0]
         version = place.version
+        end = next((one.position for one in self.places if one.time_ns > time_ns), None)
         try:
-            for item in self._log.history(place.position):
+            for item in self._log.history(place.position, end):
                 if item.time_ns > time_ns:
                     break
                 version += len(decode_entry(item.entry).records)
@@ -101,7 +103,7 @@ class History:
         reached = place.version
         if reached == version:
             return
-        for item in self._log.history(place.position):
+        for item in self._log.history(place.position, end_of(self.places, version)):
             entry = decode_entry(item.entry)
             data = item.entry
             if reached + len(entry.records) > version:

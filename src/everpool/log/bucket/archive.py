@@ -72,22 +72,22 @@ class Archive:
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
         """Yield the entries behind `after` up to `last`, trimmed or not.
 
-        Raises `NotFoundError` behind the last one that is there.
+        Of what follows nothing is looked at. Before an entry that is gone raises, all that is there
+        before it is yielded, for whoever wants no more.
         """
         found: list[tuple[int, Stored]] = []
         size = 0
         gone: NotFoundError | None = None
         entries = self._all(head, after, _HISTORY_BYTES)
-        while True:
+        while after < last:
             try:
-                position, stored = next(entries, (last + 1, None))
+                after, stored = next(entries, (last, None))
             except NotFoundError as error:
                 gone = error
                 break
-            if stored is None or position > last:
-                break
-            found.append((position, stored))
-            size += stored.size
+            if stored is not None:
+                found.append((after, stored))
+                size += stored.size
             if size >= _HISTORY_BYTES:
                 yield from self._with_bodies(found)
                 found, size = [], 0
