@@ -274,10 +274,11 @@ class Host:
 
     def sync(self) -> int:
         """Play everything that was committed anywhere before the call; returns the version."""
+        played = self._position  # others may play on while the log is asked
         end = self._asked(self.log.end)
-        if end.position < self._position:
+        if end.position < played:
             self._check_marker()  # an empty bucket has an empty log
-            self.leave(f"the log ends at {end.position}, it was played up to {self._position}")
+            self.leave(f"the log ends at {end.position}, it was played up to {played}")
         self.play(end.position)
         return self.version
 
