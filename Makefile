@@ -74,7 +74,7 @@ $(VENV)/.bench: $(VENV)/.base requirements/bench.txt
 	@$(PIP) install -r requirements/bench.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.demo $(VENV)/.bench requirements/test.txt requirements/bucket.txt
+$(VENV)/.test: $(VENV)/.demo $(VENV)/.bench requirements/test.txt requirements/bucket.txt requirements/lock.txt
 	@echo "installing what the tests need"
 	@$(PIP) install -r requirements/test.txt
 	@touch $@

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import everpool
+from everpool.agent.failures import failure_in, leave_failure
 from everpool.testing import history
 from support import storm
 from support.agents import Host, end_agents, is_alive, wait_until
@@ -353,3 +354,22 @@ def commit_many(pool: Any, client: int, seconds: float) -> dict[str, tuple[str, 
     except everpool.EverpoolError:
         pool.engine().drain()
     return told
+
+
+# What is told of a start that failed
+
+
+def test_an_agent_that_cannot_start_says_why(tmp_path: Path) -> None:
+    leave_failure(tmp_path, everpool.NotFoundError("no pool there", name="scan", version=3))
+    error = failure_in(tmp_path)
+    assert isinstance(error, everpool.NotFoundError)
+    assert (error.message, error.facts) == ("no pool there", {"name": "scan", "version": 3})
+
+
+def test_an_agent_that_could_not_say_why_points_to_its_log(tmp_path: Path) -> None:
+    for torn in (None, b"", b'["NotFoundError", "no po'):
+        if torn is not None:
+            (tmp_path / "agent.error").write_bytes(torn)
+        error = failure_in(tmp_path)
+        assert isinstance(error, everpool.UnavailableError)
+        assert f"{tmp_path}/agent.log" in error.message

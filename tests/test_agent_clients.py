@@ -24,9 +24,9 @@ from everpool.agent.frames import Frames, pack
 from everpool.records import Put, Record, encode_record
 from everpool.values import encode
 from support.agents import Host, end_agents, is_alive, processes_of, wait_until
+from support.interrupts import press_at_every_line
 from support.isolation import own_process
 from support.processes import Child, Worker, call, ending
-from test_interrupts import Interrupter
 
 
 @pytest.fixture
@@ -445,36 +445,22 @@ def write(pool: Any) -> None:
 
 @pytest.mark.parametrize("act", [write, pipeline, sync])
 def test_ctrl_c_at_any_line_leaves_a_pool_that_works(
-    host: Host, act: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+    host: Host, act: Callable[[Any], None]
 ) -> None:
-    import test_interrupts
-
-    monkeypatch.setattr(
-        test_interrupts, "_GUARDED", ("/remote.py", "/agent/client.py", "/commit.py")
-    )
-    call(press_at_every_line, host, act, timeout_s=60)
+    call(interrupt_at_every_line, host, act, timeout_s=60)
 
 
-def press_at_every_line(host: Host, act: Callable[[Any], None]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    pool = host.open(timeout_s=5)
-    at = interrupted = 0
-    while True:
+def interrupt_at_every_line(host: Host, act: Callable[[Any], None]) -> None:
+    link = ("/agent/client.py", "/agent/link.py", "/agent/requests.py")
+    guarded = ("/remote.py", "/commit.py", *link)
+    with host.open(timeout_s=5) as pool:
         pool["x"] = 0
-        try:
-            with Interrupter(at) as interrupter:
-                act(pool)
-        except KeyboardInterrupt:
-            interrupted += 1
-        if not interrupter.pressed:
-            break
-        done = threading.Thread(target=put, args=(pool, "y"), daemon=True)
-        done.start()
-        done.join(5)
-        assert not done.is_alive(), f"interrupted at line {at}, it hangs"
-        at += 2
-    assert interrupted > 3
-    pool.close()
+
+        def then() -> None:
+            pool["y"] = 1
+            pool["x"] = 0
+
+        press_at_every_line(lambda: act(pool), then, guarded=guarded, every=2)
 
 
 @own_process

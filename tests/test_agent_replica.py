@@ -3,9 +3,11 @@
 import contextlib
 import os
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ import pytest
 
 import everpool
 from everpool.agent import host as hosts
+from everpool.agent import server as servers
+from everpool.agent.pools import read_marker
+from everpool.agent.server import Server
 from everpool.log.bucket import BucketLog
+from everpool.log.bucket.format import HEAD_KEY
 from everpool.records import Entry, FetchAdd, Put, Record, Write, encode_entry, new_session
 from everpool.store import open_store
 from everpool.values import encode
 from support import disks
 from support.agents import Host, end_agents, is_alive, processes_of, wait_until
 from support.disks import Disk, on_own_disk
+from support.isolation import own_process
 from support.processes import Child, Worker, call, ending
 from test_crash import killed_somewhere_new, traced
 
@@ -427,3 +434,109 @@ def play_as_agent(pause: Any, link: Any, url: str, folder: Path, number: int) ->
     host.play(position)
     pause()
     link.send("done")
+
+
+# The log is out of reach while it is read
+
+
+class Gate:
+    """A store in which nobody gets the entries of the log while it is closed."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.somebody_waits = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def get(self, key: str) -> Any:
+        self._pass(key)
+        return self._store.get(key)
+
+    def get_ranges(self, key: str, ranges: Any) -> Any:
+        self._pass(key)
+        return self._store.get_ranges(key, ranges)
+
+    def _pass(self, key: str) -> None:
+        if key.startswith(f"{hosts.LOG}/") and not key.endswith(HEAD_KEY):
+            if not self.is_open.is_set():
+                self.somebody_waits.set()
+            assert self.is_open.wait(10)
+
+
+class Client:
+    """Keeps what an agent answers."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+
+    def answer(self, number: int, work: Callable[[], Any]) -> None:
+        self.answers.append(work())
+
+
+def serve_behind_a_gate(url: str, cache: Path, patch: pytest.MonkeyPatch) -> tuple[Server, Gate]:
+    """Return an agent that nobody is connected to."""
+    gate = Gate(open_store(url))
+    patch.setattr(servers, "open_pool_store", lambda *_: gate)
+    folder = cache / hosts.folder_name(url, read_marker(gate, url).pool())
+    folder.mkdir(parents=True)
+    server = Server(folder, url, -1)
+    server.host.begin()
+    return server, gate
+
+
+@own_process
+def test_who_only_says_hello_waits_for_no_network(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with host.open() as pool:
+        pool.allocate("m", 1 << 20)
+        server, gate = serve_behind_a_gate(host.url, tmp_path / "other", monkeypatch)
+        id = server.host.replica.find("m").row.id
+        before = server.host.version
+        pool["large"] = b"l" * 60_000  # its entry is an object of its own
+        gate.is_open.clear()
+        sync = threading.Thread(target=server.sync)
+        sync.start()
+        assert gate.somebody_waits.wait(10)
+        client: Any = Client()
+        server.answer(client, 1, "hello", [1, server.host.name, 0, bytes(16), []])
+        server.answer(client, 2, "version", [])
+        server.answer(client, 3, "strangers", [[(id, 1)]])
+        assert server.host.blocks.region(id).size == 1 << 20  # which is what "map" hands out
+        assert sync.is_alive()
+        assert client.answers[0]["replica"] == server.host.name
+        assert client.answers[1:] == [before, [id]]
+        gate.is_open.set()
+        sync.join()
+        assert server.host.version == pool.version
+        server.host.close()
+
+
+@own_process
+def test_threads_that_play_at_once_play_each_entry_once(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with host.open() as pool:
+        memory = pool.allocate("m", 8)
+        server, _ = serve_behind_a_gate(host.url, tmp_path / "other", monkeypatch)
+        id = server.host.replica.find("m").row.id
+        server.host.blocks.ensure(id, 0, 8)
+        done = threading.Event()
+
+        def keep_up() -> None:
+            while not done.is_set():
+                server.sync()
+
+        with ThreadPoolExecutor(4) as threads:
+            players = [threads.submit(keep_up) for _ in range(4)]
+            for _ in range(150):
+                memory.fetch_add(0, 1, dtype="<i8")
+            done.set()
+            for player in players:
+                player.result()
+        assert server.sync() == pool.version
+        assert server.host.blocks.read(id, 0, 8) == (150).to_bytes(8, "little")
+        server.host.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import everpool
-from everpool import NotFoundError
+from everpool import ExistsError, NotFoundError
 from everpool.testing.conformance import Harness
 from everpool.testing.conformance.clients import ClientGuarantees
 from everpool.testing.conformance.transactions import TransactionGuarantees
@@ -75,3 +75,28 @@ def test_a_pool_that_is_not_there(s3: Server, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="create=True"):
         everpool.open(s3.make_url(), create=False, cache_dir=tmp_path)
 
+
+
+def test_a_pool_at_a_path_is_backed_up(s3: Server, tmp_path: Path) -> None:
+    url = s3.make_url()
+    sent: list[tuple[int, int]] = []
+    try:
+        with everpool.open(tmp_path / "pool") as pool:
+            large = np.arange(3_000_000)
+            pool["large"] = large
+            memory = pool.allocate("m", 1 << 34)
+            memory.write(1 << 33, os.urandom(9 << 20))
+            pool.checkpoint(url)
+            memory.write(1 << 33, b"later")
+            version = pool.checkpoint(url, lambda done, total: sent.append((done, total)))
+            assert sent[-1][0] == sent[-1][1] < 1 << 20
+            written = memory.read(1 << 33, 9 << 20)
+        with everpool.open(url, cache_dir=tmp_path / "host") as backup:
+            assert backup.version == version and np.array_equal(backup["large"], large)
+            assert backup.memory("m").read(1 << 33, 9 << 20) == written
+            backup["large"] = "goes on"
+            assert backup.verify().ok
+        with everpool.open(tmp_path / "pool") as pool, pytest.raises(ExistsError):
+            pool.checkpoint(url)
+    finally:
+        end_agents(tmp_path)

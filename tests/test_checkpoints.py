@@ -211,6 +211,13 @@ def test_manifests_and_runs_come_back() -> None:
     assert decode_run("k", encode_run(ROWS)) == ROWS
 
 
+def test_what_is_damaged_is_told_with_the_remedy() -> None:
+    manifest, run = encode_manifest(MANIFEST), encode_run(ROWS)
+    for damaged in (run, manifest[:10], manifest[:-1], manifest[:-1] + b"x"):
+        with pytest.raises(CorruptionError, match=r"^checkpoints/9 .*: restore it from a copy"):
+            decode_manifest("checkpoints/9", damaged)
+
+
 @given(st.data())
 def test_nonsense_is_never_decoded(data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from([encode_manifest(MANIFEST), encode_run(ROWS)]))

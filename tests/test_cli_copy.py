@@ -229,6 +229,38 @@ def test_a_dry_run_changes_nothing_and_tells_what_it_would_cost(tmp_path: Path) 
     assert "requests" not in out_of("copy", source, tmp_path / "other", "-n")
 
 
+def test_a_dry_run_fetches_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = places(tmp_path, "bucket")
+    with everpool.open(url) as pool:
+        pool["large"], pool["small"] = bytes(20 * MIB), "hello"
+        pool.allocate("memory", 1 << 40)[0:3] = b"abc"
+    monkeypatch.setenv("EVERPOOL_CACHE_DIR", str(tmp_path / "fresh"))
+    shown = out_of("copy", url, tmp_path / "pool", "-n")
+    # Six pieces of the value and its checksums, one of the memory, and opening.
+    assert "would copy 3 objects, 20.1 MiB\nabout 17 GET requests, 20.1 MiB of egress\n" in shown
+    exporting = out_of("export", url, tmp_path / "out", "-n")
+    assert exporting.endswith(shown.partition("would copy")[2])
+    assert "would export 3 objects" in exporting and "  large\n" in exporting
+    plan = json.loads(out_of("export", url, tmp_path / "out", "--dry-run", "--json"))
+    assert [entry["name"] for entry in plan["objects"]] == ["large", "memory", "small"]
+    assert plan["requests"] == {"put": 0, "get": 17, "egress_bytes": plan["bytes"] - 13}
+    assert not (tmp_path / "out").exists() and not (tmp_path / "pool").exists()
+    assert list((tmp_path / "fresh").glob("*/*/values/*")) == []
+
+
+def test_an_export_of_a_bucket_says_first_what_it_takes(tmp_path: Path) -> None:
+    url = places(tmp_path, "bucket")
+    with everpool.open(url) as pool:
+        pool["large"] = bytes(20 * MIB)
+    done = run("export", url, tmp_path / "out", "--json")
+    assert done.code == 0 and json.loads(done.out)["objects"] == 1
+    assert done.err == "about 16 GET requests, 20.0 MiB of egress\n"
+    out_of("copy", url, tmp_path / "pool")
+    assert run("export", tmp_path / "pool", tmp_path / "other").err == ""
+    shown = out_of("export", tmp_path / "pool", tmp_path / "third", "-n")
+    assert shown.endswith("would export 1 object, 20.0 MiB\n")
+
+
 def test_verify_finds_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = places(tmp_path, "folder"), places(tmp_path, "bucket")
     with everpool.open(source) as pool:
@@ -337,7 +369,7 @@ def test_every_command_takes_a_url(tmp_path: Path) -> None:
     assert "put" in out_of("watch", url, "--since", "0", "--count", "1")
     assert json.loads(out_of("stats", url, "--json"))["kind"] == "bucket"
     assert out_of("verify", url) == "ok: every checksum holds\n"
-    assert "exported 2 objects" in out_of("export", url, tmp_path / "copy")
+    assert "exported 2 objects" in run("export", url, tmp_path / "copy").out
     assert "imported 2 objects" in out_of("import", f"file://{tmp_path}/other", tmp_path / "copy")
     assert run("export", url, tmp_path / "bucket" / "copy").code == 2
     out_of("rm", url, "greeting")

@@ -1,4 +1,4 @@
-"""The commands about a pool's past, on a pool at a URL."""
+"""The commands about a pool's past, on a pool at a URL and on one at a path."""
 
 import datetime
 import json
@@ -13,11 +13,14 @@ from support.agents import end_agents
 from support.cli import out_of, run
 
 
-@pytest.fixture
-def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=["bucket", "path"])
+def url(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     monkeypatch.setenv("EVERPOOL_CACHE_DIR", str(tmp_path / "cache"))
-    url = f"file://{tmp_path}/cloud"
+    url = f"file://{tmp_path}/cloud" if request.param == "bucket" else f"{tmp_path}/pool"
     with everpool.open(url) as pool:
+        pool.checkpoint()
         pool["a"] = 1
     yield url
     end_agents(tmp_path)
@@ -71,7 +74,42 @@ def test_what_is_no_moment_is_refused_with_examples(url: str, tmp_path: Path) ->
     done = run("snapshot", url, "2026")
     assert done.code == 2 and "taken for a version" in done.err
     with everpool.open(tmp_path / "at-a-path"):
-        done = run("recover", str(tmp_path / "at-a-path"), "--to", "good")
-    assert done.code == 2 and "keeps no past" in done.err and "everpool copy" in done.err
+        done = run("recover", str(tmp_path / "at-a-path"), "--to", "2 hours ago")
+    assert done.code == 2 and "keeps no past" in done.err and "pool.checkpoint()" in done.err
     done = run("recover", str(tmp_path / "none"), "--to", "1")
     assert done.code == 1 and "create=True" in done.err
+
+
+def test_retention_is_shown_and_changed(url: str) -> None:
+    assert "for 7 days, and the newest 16,384 for longer\n" in out_of("retain", url)
+    assert "30 days" in out_of("retain", url, "--age", "30d")
+    assert "for 90 seconds, and the newest one\n" in out_of(
+        "retain", url, "--age", "90s", "--versions", "0"
+    )
+    assert json.loads(out_of("retain", url, "--json")) == {"age_s": 90.0, "versions": 0}
+    refused = run("retain", url, "--age", "soon")
+    assert refused.code != 0 and "30m, 12h, 7d" in refused.err
+
+
+@pytest.mark.parametrize("url", ["bucket"], indirect=True)
+def test_collect_says_what_goes_and_deletes_it(url: str, tmp_path: Path) -> None:
+    out_of("retain", url, "--age", "0s", "--versions", "0")
+    for number in range(3):
+        with everpool.open(url) as pool:
+            pool["large"] = bytes([number]) * 100_000
+            pool.checkpoint()
+    values = tmp_path / "cloud" / "values"
+    assert "not in the newest version" in out_of("collect", url, "--dry-run")
+    assert len(list(values.iterdir())) == 3
+    assert "deleted" in out_of("collect", url)
+    assert len(list(values.iterdir())) == 1
+    found = json.loads(out_of("collect", url, "--json"))
+    assert found["kept"] > 0 and set(found) == {
+        "kept",
+        "dead",
+        "dead_bytes",
+        "deleted",
+        "deleted_bytes",
+    }
+    refused = run("recover", url, "--to", "3")
+    assert refused.code != 0 and "was collected" in refused.err

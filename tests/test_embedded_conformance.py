@@ -4,7 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import everpool
+from everpool.replica import flush
 from everpool.testing import remote
 from everpool.testing.conformance import Harness, PoolConformance, SharingConformance
 
@@ -26,3 +29,16 @@ class TestTwoProcesses(SharingConformance):
             return everpool.open(tmp_path / "pool")
 
         return Harness(connect)
+
+
+class TestWithAPast(PoolConformance):
+    """Large values stay until their records are archived, and checkpoints are made meanwhile."""
+
+    @pytest.fixture(autouse=True)
+    def flush_often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(flush, "FLUSH_VERSIONS", 60)
+
+    def make_pool(self, tmp_path: Path) -> Harness:
+        with everpool.open(tmp_path / "pool") as pool:
+            pool.checkpoint()
+        return Harness(lambda: everpool.open(tmp_path / "pool"))

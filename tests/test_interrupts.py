@@ -2,12 +2,10 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,40 +13,12 @@ import pytest
 import everpool
 from everpool.commit import Turn
 from everpool.interrupts import check, deferred
+from support.interrupts import press_at_every_line
 from support.isolation import own_process
 from support.processes import Worker, call, ending
 
 # What holds locks of threads or processes, or LMDB's own.
 _GUARDED = ("/commit.py", "/replica/lock.py", "/replica/writer.py", "/replica/flush.py")
-_EVERY = 3
-
-
-class Interrupter:
-    """Presses Ctrl-C at the n-th line of guarded code that the main thread runs."""
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-        self.pressed = False
-
-    def __enter__(self) -> "Interrupter":
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        name = frame.f_code.co_filename
-        main = threading.current_thread() is threading.main_thread()
-        return self._line if main and name.endswith(_GUARDED) else None
-
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not self.pressed:
-            self._left -= 1
-            if self._left < 0:
-                self.pressed = True
-                signal.raise_signal(signal.SIGINT)
-        return self._line
 
 
 def put(pool: Any) -> None:
@@ -88,29 +58,13 @@ def test_ctrl_c_at_any_line_leaves_a_pool_that_works(path: Path, act: Callable[.
 def interrupt_at_every_line(path: Path, act: Callable[..., None]) -> None:
     other = Worker(path, timeout_s=5)
     with ending(other):
-        press_again_and_again(path, other, act)
+        pool = everpool.open(path, timeout_s=5)
 
+        def then() -> None:
+            other.ask(put_elsewhere, timeout_s=5)
+            pool["x"] = 0
 
-def press_again_and_again(path: Path, other: Worker, act: Callable[..., None]) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    pool = everpool.open(path, timeout_s=5)
-    at, interrupted = 0, 0
-    while True:
-        pool["x"] = 0
-        try:
-            with Interrupter(at) as interrupter:
-                act(pool)
-        except KeyboardInterrupt:
-            interrupted += 1
-        if not interrupter.pressed:
-            break
-        other.ask(put_elsewhere, timeout_s=10)
-        done = threading.Thread(target=put, args=(pool,), daemon=True)
-        done.start()
-        done.join(5)
-        assert not done.is_alive(), f"interrupted at line {at}, it hangs"
-        at += _EVERY
-    assert interrupted > 3
+        press_at_every_line(lambda: act(pool), then, guarded=_GUARDED, every=3)
 
 
 @own_process

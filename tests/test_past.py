@@ -1,9 +1,14 @@
 """A pool's past: every version can be looked at and brought back, also over checkpoints."""
 
 import datetime
+import gc
+import os
 import random
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,13 @@ import pytest
 
 import everpool
 from everpool import ConflictError, ExistsError, InvalidError, NotFoundError
+from everpool.agent.past import History
+from everpool.agent.scratch import Scratch
 from support.agents import end_agents
 from support.pictures import change, picture
+from support.processes import Child, ending
+
+IN_A_BUCKET = pytest.mark.parametrize("place", ["bucket"], indirect=True)
 
 
 @pytest.fixture
@@ -22,9 +32,16 @@ def url(tmp_path: Path) -> Iterator[str]:
     end_agents(tmp_path)
 
 
+@pytest.fixture(params=["bucket", "path"])
+def place(request: pytest.FixtureRequest, url: str, tmp_path: Path) -> str:
+    """Where a pool is that keeps a past: at a URL, or at a path."""
+    return url if request.param == "bucket" else str(tmp_path / "path")
+
+
 @pytest.fixture
-def pool(url: str, tmp_path: Path) -> Iterator[Any]:
-    with everpool.open(url, cache_dir=tmp_path / "host") as pool:
+def pool(place: str, tmp_path: Path) -> Iterator[Any]:
+    with everpool.open(place, cache_dir=tmp_path / "host") as pool:
+        pool.checkpoint()  # at a path, the past begins
         yield pool
 
 
@@ -78,7 +95,7 @@ def test_a_time_stands_for_the_version_of_that_moment(pool: Any) -> None:
         assert past.version == 0 and list(past) == []
 
 
-def test_snapshots_have_names_on_every_host(pool: Any, url: str, tmp_path: Path) -> None:
+def test_snapshots_have_names_on_every_host(pool: Any, place: str, tmp_path: Path) -> None:
     pool["a"] = 1
     made = pool.snapshot("first")
     assert made.version == pool.version and made.time.tzinfo is not None
@@ -87,7 +104,7 @@ def test_snapshots_have_names_on_every_host(pool: Any, url: str, tmp_path: Path)
     with pytest.raises(ExistsError, match="first"):
         pool.snapshot("first")
     pool.checkpoint()
-    with everpool.open(url, cache_dir=tmp_path / "other") as other:
+    with everpool.open(place, cache_dir=tmp_path / "other") as other:
         assert [found.name for found in other.snapshots()] == ["older", "first"]
         with other.at("first") as past:
             assert past["a"] == 1
@@ -121,20 +138,16 @@ def test_the_past_does_not_change(pool: Any) -> None:
     assert bytes(view[:3]) == b"old", "a view outlives its pool"
 
 
-def test_what_cannot_be_gone_back_to(pool: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_gone_back_to(pool: Any) -> None:
     for wrong in (pool.version + 1, -1, 2.5, None):
         with pytest.raises(InvalidError):
             pool.at(wrong)
     with pytest.raises(NotFoundError, match="snapshots"):
         pool.at("never made")
-    with everpool.open(tmp_path / "path") as embedded:
-        embedded["a"] = 1
-        with pytest.raises(InvalidError, match="copy"):
-            embedded.at(0)
 
 
 def test_a_restore_conflicts_with_what_comes_in_between(
-    pool: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: Any, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool["a"] = 1
     version = pool.version
@@ -143,7 +156,7 @@ def test_a_restore_conflicts_with_what_comes_in_between(
 
     def overtaken(*engines: Any) -> Any:
         found = whole(*engines)
-        with everpool.open(url, cache_dir=tmp_path / "other") as other:
+        with everpool.open(place, cache_dir=tmp_path / "other") as other:
             other["b"] = 1
         return found
 
@@ -154,6 +167,7 @@ def test_a_restore_conflicts_with_what_comes_in_between(
     assert pool["a"] == 2
 
 
+@IN_A_BUCKET
 def test_a_branch_goes_its_own_way(pool: Any, url: str, tmp_path: Path) -> None:
     large = np.arange(1_000_000)
     pool["large"] = large
@@ -200,6 +214,7 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@IN_A_BUCKET
 def test_restored_memory_goes_into_segments_not_into_the_log(pool: Any, tmp_path: Path) -> None:
     memory = pool.allocate("m", 16 << 20)
     before = pool.snapshot("zeros")
@@ -211,6 +226,7 @@ def test_restored_memory_goes_into_segments_not_into_the_log(pool: Any, tmp_path
     assert log and max(path.stat().st_size for path in log) < 2 << 20
 
 
+@IN_A_BUCKET
 def test_a_branch_is_pinned_where_it_begins_also_after_an_earlier_try(
     pool: Any, tmp_path: Path
 ) -> None:
@@ -220,10 +236,88 @@ def test_a_branch_is_pinned_where_it_begins_also_after_an_earlier_try(
     pool["a"] = 2
     begin = pool.version
     pool.branch(url)
-    (pinned,) = pool.snapshots()
-    assert pinned.version >= begin
+    _, pinned = pool.snapshots()
+    assert pinned.version >= begin and pinned.name.startswith(f"branch at {url}, of version ")
 
 
 def test_version_0_gets_no_name(pool: Any) -> None:
     with pytest.raises(InvalidError, match="a later one"):
         pool.snapshot("zero", 0)
+
+
+# Its folder
+
+
+def folders(host: Path) -> list[Path]:
+    return list(host.glob("*/past/*"))
+
+
+@IN_A_BUCKET
+def test_a_killed_process_leaves_no_folder_behind_the_next_look_back(
+    pool: Any, url: str, tmp_path: Path
+) -> None:
+    pool["a"] = 1
+    child = Child(look_back_and_stay, url, tmp_path / "host")
+    with ending(child):
+        heir = child.receive()
+        (left,) = folders(tmp_path / "host")
+        with pool.at(1) as past:
+            assert past["a"] == 1
+            assert left in folders(tmp_path / "host")  # it is in use
+        child.kill()
+        with pool.at(1):
+            assert not left.exists()
+            assert len(folders(tmp_path / "host")) == 1
+        os.kill(heir, signal.SIGKILL)
+    assert folders(tmp_path / "host") == []
+
+
+def look_back_and_stay(link: Connection, url: str, cache: Path) -> None:
+    with everpool.open(url, cache_dir=cache) as pool, pool.at(1) as past:
+        assert past["a"] == 1
+        heir = os.fork()  # which lives on, and does not keep the folder
+        if heir:
+            link.send(heir)
+        time.sleep(60)
+
+
+@IN_A_BUCKET
+def test_a_past_that_cannot_be_opened_leaves_nothing(
+    pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise everpool.UnavailableError("the store is away: try again")
+
+    pool["a"] = 1
+    before = open_files()
+    monkeypatch.setattr(History, "play", fail)
+    with pytest.raises(everpool.UnavailableError):
+        pool.at(1)
+    assert folders(tmp_path / "host") == [] and open_files() == before
+    monkeypatch.undo()
+    for path in (tmp_path / "host").glob("*/past"):
+        path.rmdir()
+        path.write_text("in the way")
+    with pytest.raises(everpool.EverpoolError):
+        pool.at(1)
+    assert open_files() == before
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_folders_are_made_and_swept_at_once(tmp_path: Path) -> None:
+    def make() -> None:
+        for _ in range(50):
+            made = Scratch(tmp_path)
+            (made.path / "file").write_text("mine")
+            time.sleep(0.001)
+            assert (made.path / "file").exists()
+            made.remove()
+
+    with ThreadPoolExecutor(8) as threads:
+        for done in [threads.submit(make) for _ in range(8)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == []

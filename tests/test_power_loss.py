@@ -151,6 +151,14 @@ def test_cuts_of_several_processes_one_of_which_dies(
     cuts.check(auditor, cuts.choose(pick, 60))
 
 
+def test_cuts_of_a_pool_that_keeps_its_past(
+    tmp_path: Path, auditor: Auditor, scratch: Path, pick: random.Random
+) -> None:
+    make = orders(2, 2, 60, seed=3, past=True)
+    cuts = Cuts(record(tmp_path / "disk", make), scratch)
+    cuts.check(auditor, cuts.choose(pick, 80))
+
+
 def test_cuts_while_a_pool_is_made(
     recording: Recording, auditor: Auditor, scratch: Path, pick: random.Random
 ) -> None:
@@ -501,6 +509,7 @@ ANSWERS = ("done", "refused")
 FLUSHING = partial(orders, 1, 1, 80, mix=FLUSHING_MIX, kept_versions=0)
 COUNTING = partial(orders, 1, 1, 80, mix=COUNTING_MIX)
 LARGE = partial(orders, 1, 2, 40, mix=LARGE_MIX)
+PAST = partial(orders, 1, 2, 60, kept_versions=0, past=True)
 SMALL = partial(orders, 2, 2, 50, mix=SMALL_MIX)
 CASES = {
     "no_fsync": Case(kinds=ANSWERS),
@@ -515,6 +524,8 @@ CASES = {
     "index_not_flushed": Case(kinds=ANSWERS),
     "large_entries_not_flushed": Case(make=LARGE, kinds=ANSWERS),
     "memory_before_index": Case(make=COUNTING, kinds=("sync of index",)),
+    "past_values_not_flushed": Case(make=PAST),
+    "replaced_values_removed_at_once": Case(make=PAST, kinds=ANSWERS),
     "trimmed_before_flush": Case(kinds=ANSWERS),
     "trimmed_by_unflushed_mark": Case(make=FLUSHING, kinds=("flushed",)),
     "marker_before_folders": Case(make=partial(orders, 1, 1, 0), kinds=(f"sync of /{POOL}",)),
@@ -564,6 +575,8 @@ CASES = {
     "ring_written_while_played": Case("recovers", LARGE, kinds=("sync",)),
 }
 CAUGHT_SOON = {
+    "past_values_not_flushed",
+    "replaced_values_removed_at_once",
     "bulk_files_not_flushed",
     "staging_not_flushed",
     "folders_not_flushed_with_memory",

@@ -17,6 +17,7 @@ from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -701,7 +702,6 @@ def test_changing_a_decoded_dtype_changes_no_other() -> None:
 
 
 def test_foreign_dtypes_are_refused() -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     with pytest.raises(InvalidError, match="astype"):
         encode(np.zeros(2, ml_dtypes.bfloat16))
 

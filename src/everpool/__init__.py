@@ -15,6 +15,7 @@ from everpool.memory import Array, Memory
 from everpool.opening import open_pool as open
 from everpool.pool import Outcome, Pool
 from everpool.records import RecordId
+from everpool.recovery import undelete
 from everpool.snapshots import Collected, Retention, Snapshot
 from everpool.transaction import Transaction
 from everpool.watch import Change, Watch
@@ -43,4 +44,5 @@ __all__ = [
     "UnavailableError",
     "Watch",
     "open",
+    "undelete",
 ]

@@ -10,17 +10,14 @@ each of which a `Collect` record decides, so that all hosts agree:
 
     an upload that began before `start`, and that no record has named, is void from here on: a
     record that names it later aborts, wherever it is judged
-    an object that began before the `start` of an earlier record, and that nothing in the newest
-    state names, is *dead* from this version on: looking at an older version may still take it
+    an object that began before `start`, and that nothing names since that was in force, is *dead*
+    from this version on: looking at an older version may still take it
     a dead object whose life meets none of the spans is deleted, once the record is applied
-
-The first two take a record each: what is not void yet may be named between the look at the newest
-state and the record that calls it dead. For the same reason a record that brings old values back
-may name only what is older than the version it goes back to, or what is not void.
 
 Nothing here depends on a clock but how much is kept, and that is counted in the log's own times.
 """
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -37,6 +34,9 @@ MOST_PLACES = 4096
 MOST_COLLECTED = 4096
 _VERSION_DIGITS = 16
 _END = 1 << 62
+_COLLECTED = re.compile(
+    r"(?:checkpoints/[0-9a-f]{16}-|index/|pages/|values/(?:0-)?)[0-9a-f]{32}", re.ASCII
+)
 
 
 class Horizon(msgspec.Struct, array_like=True, frozen=True):
@@ -45,7 +45,8 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
     Versions from `kept` on can be looked at, replicas may begin at `start`, and uploads from before
     it are void. `restored` is the newest version that named old objects again, or asked for more to
     be kept: what was worked out before is not true any more. `collected_ns` is the time of the last
-    `Collect`. What is younger than `age_ns`, and the newest `versions`, are to be kept.
+    `Collect`, `voided` the version at which `start` came into force. What is younger than `age_ns`,
+    and the newest `versions`, are to be kept.
     """
 
     kept: int = 0
@@ -54,6 +55,7 @@ class Horizon(msgspec.Struct, array_like=True, frozen=True):
     collected_ns: int = 0
     age_ns: int = KEPT_AGE_NS
     versions: int = KEPT_VERSIONS
+    voided: int = 0
 
     def keeps(self, version: int, pins: Iterable[int]) -> bool:
         """Whether that version can be looked at; `pins` are the versions of the snapshots."""
@@ -90,6 +92,11 @@ class Plan(NamedTuple):
     islands: list[tuple[int, int]]
 
 
+def is_collected(key: str) -> bool:
+    """Whether an object's key is one of those that are collected; all others are left alone."""
+    return _COLLECTED.fullmatch(key) is not None
+
+
 def upload_version(key: str) -> int:
     """Return the version at which the upload of an object began, by its key.
 
@@ -121,11 +128,13 @@ def refusal(
         return f"more is needed since version {horizon.restored}"
     if not horizon.kept <= record.kept < now or not horizon.start <= record.start <= record.kept:
         return f"version {horizon.kept} is kept from {horizon.start} on by now"
+    # Whoever looked before could not know what was named last of what began before `start`.
+    if record.dead and horizon.voided > record.version:
+        return f"older uploads were voided at version {horizon.voided}"
+    if any(upload_version(key) >= horizon.start for key in record.dead):
+        return f"uploads from version {horizon.start} on may be named yet"
     if record.start > checkpoint:
         return f"nothing can begin at version {record.start}"
-    for key in record.dead:
-        if upload_version(key) >= horizon.start:
-            return f"a record may still name {key}, of the uploads from {horizon.start} on"
     for version in pins:
         within = any(first <= version <= last for first, last in record.islands)
         if version < record.kept and not within:
@@ -161,11 +170,6 @@ def place_of(places: Sequence[P], version: int) -> P:
     return next(place for place in reversed(places) if place.version <= version)
 
 
-def end_of(places: Iterable[Place], version: int) -> int | None:
-    """Return the position up to which the log is kept where a version is; None: to its end."""
-    return next((place.position for place in places if place.version >= version), None)
-
-
 def needed_places(places: Sequence[P], pins: Iterable[int], kept: int) -> list[P]:
     """Return those of the places at which something begins that is kept.
 
@@ -179,7 +183,7 @@ def needed_places(places: Sequence[P], pins: Iterable[int], kept: int) -> list[P
 class Unneeded(NamedTuple):
     """Objects with their sizes: those that are newly dead, and those to be deleted.
 
-    A size of 0 may also say that an object is not there any more.
+    The size of what is not there any more is 0.
     """
 
     dead: dict[str, int]
@@ -204,7 +208,7 @@ def unneeded(
         if key in dead_before:
             if not is_needed(*dead_before[key], planned.start, planned.islands):
                 found.gone[key] = size
-        elif key not in live and upload_version(key) < start:
+        elif key not in live and is_collected(key) and upload_version(key) < start:
             found.dead[key] = size
     for key, life in dead_before.items():  # those that were deleted already
         if key not in found.gone and not is_needed(*life, planned.start, planned.islands):
@@ -218,6 +222,6 @@ def needed_spans(places: Sequence[Place], planned: Plan) -> list[tuple[int, int]
     for first, pin in planned.islands:
         at = next((at for at, place in enumerate(places) if place.version == first), None)
         if at is not None:
-            end = end_of(places, pin)
-            spans.append((places[at].position, _END if end is None else end))
+            end = next((place.position for place in places[at:] if place.version >= pin), _END)
+            spans.append((places[at].position, end))
     return spans

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from pathlib import Path
 from typing import TypeVar, cast
 
 from everpool.errors import (
@@ -25,6 +24,7 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.processes import is_stopped
 from everpool.records import Put, Record, RecordId, Write
 from everpool.replica.batch import Result
 from everpool.replica.bulk import BulkFiles, Staged
@@ -245,6 +245,8 @@ class Committer:
         self._enough = 1
         self._hurry = 0
         self._closed = False
+        # Called in the background before a flush that is due.
+        self.before_flush: Callable[[], None] = lambda: None
 
     def commit(self, submission: Submission) -> None:
         """Commit and return when the outcome is known."""
@@ -330,8 +332,8 @@ class Committer:
                     f"another process has been flushing memory for {timeout_s:g} s: try again"
                 )
             try:
-                flushed = self._flusher.sync(*self._holding_lock(self._flusher.begin))
-                self._holding_lock(lambda: self._flusher.commit(flushed))
+                flushed = self._flusher.sync(*self.holding_lock(self._flusher.begin))
+                self.holding_lock(lambda: self._flusher.commit(flushed))
             finally:
                 self._lock.release_flusher()
 
@@ -456,6 +458,8 @@ class Committer:
         """Flush in the background; what fails is tried again when the next flush is due."""
         try:
             with contextlib.suppress(EverpoolError):
+                self.before_flush()
+            with contextlib.suppress(EverpoolError):
                 self._flush(0)  # another process that flushes does it for this one, too
         finally:
             self._flush_begun = False
@@ -472,7 +476,18 @@ class Committer:
                 "another thread"
             )
 
-    def _holding_lock(self, work: Callable[[], T]) -> T:
+    def settled(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, called while nobody commits and memory has all there is."""
+
+        def settle_first() -> T:
+            self._writer.settle()
+            return work()
+
+        self._refuse_in_callback()
+        return self.holding_lock(settle_first)
+
+    def holding_lock(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, called with the writer's lock held."""
         with deferred(), self._leader:
             self._acquire_in_time()
             try:
@@ -495,7 +510,7 @@ class Committer:
 
     def _busy(self) -> UnavailableError:
         pid = self._lock.holder() or self._replica.shared.holder
-        state = " and is stopped: continue it, or end it" if _is_stopped(pid) else ""
+        state = " and is stopped: continue it, or end it" if is_stopped(pid) else ""
         return UnavailableError(
             f"process {pid} has kept the pool's writer lock for {self._timeout_s:g} s{state}; "
             "nothing was committed",
@@ -509,9 +524,3 @@ def _error_of_record(error: BaseException, at: int) -> BaseException:
         return error
     id = RecordId(error.id.session, error.id.sequence + at)
     return CommitUnknownError(error.message, id=id)
-
-
-def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-    return False

@@ -5,19 +5,20 @@ After a fork the child makes its own; the parent's are left alone there, neither
 """
 
 import atexit
+import contextlib
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everpool import forks
 from everpool.commit import Committer, Submission, reset_after_fork
 from everpool.errors import CorruptionError, InvalidError, UnavailableError
 from everpool.interrupts import deferred
-from everpool.records import Fence, Record, RecordId
+from everpool.records import Fence, Record, RecordId, Reference
 from everpool.replica import layout
 from everpool.replica.bulk import Staged
 from everpool.replica.index import translated
@@ -25,6 +26,11 @@ from everpool.replica.outcomes import decided, forgotten
 from everpool.replica.replica import Replica, unfinished
 from everpool.replica.verify import Report, verify_folder, walk_index
 from everpool.values import Encoded
+
+if TYPE_CHECKING:
+    from everpool.agent.past import PastEngine
+    from everpool.past.folder import PastFolder
+    from everpool.past.keeper import Keeper
 
 _SETTLE_S = 0.05
 
@@ -41,6 +47,10 @@ class Engine:
         self.generation = forks.generation
         self.replica = Replica(folder, read_only=read_only)
         self.committer = None if read_only else Committer(self.replica, timeout_s)
+        self._mutex = threading.Lock()
+        self._kept_by: Keeper | None = None
+        if self.committer is not None:
+            self.committer.before_flush = self._checkpoint_quietly
         try:
             self._check_complete()
             if self.replica.state().pool != id:
@@ -157,7 +167,7 @@ class Engine:
         if self.committer is not None and self.replica.shared.suspect:
             self.committer.recover(wait=True)  # else a power cut might take back what is told
         index = self.replica.index
-        found = decided(index, id)
+        found = decided(index, [id]).get(id)
         if found is None and self.read_only:
             raise InvalidError(
                 f"{id} is not decided yet, and a pool that is open read-only cannot settle it: "
@@ -166,31 +176,119 @@ class Engine:
         if found is None:
             fence = Record(self.replica.state().version, [], [], [], [Fence(*id)])
             self.write(fence, []).version()
-            found = decided(index, id)
+            found = decided(index, [id]).get(id)
         return forgotten(index, id) if found is None else found
 
-    def past(self, version: int) -> Callable[[bool], "Engine"]:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+    # The past. Its modules are loaded when they are first wanted.
+
+    def begin_past(self, version: int | None = None) -> None:
+        """Keep a past from now on, which begins with a checkpoint of all there is.
+
+        Raises `InvalidError` when `version` is of before the past began.
+        """
+        from everpool.past.looking import PathHistory
+
+        folder = self._past()
+        with contextlib.closing(folder.open()) as store:
+            if not folder.is_of_use(store, self.replica.state().manifest):
+                self.checkpoint()
+            if version is not None:
+                history = PathHistory(folder, self.replica, store)
+                try:
+                    history.before(version)
+                finally:
+                    history.close()
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what a record names to bind a large value of the past, and what was stored."""
+        with translated("storing a value again"):
+            staged = self.replica.bulk.stage_again(reference)
+        return staged.reference, [staged]
+
+    def past(self, version: int) -> "Callable[[bool], PastEngine]":
+        """Return what opens the pool as it was at a version."""
+        from everpool.opening import reopen_past
+        from everpool.past.looking import open_at
+
+        def open_past(create: bool) -> "PastEngine":
+            if self.is_ours():
+                return open_at(self._past(), self.replica, version, self.timeout_s, reopen_past)
+            # In a forked child, which must not use what its parent has open.
+            engine = acquire(
+                self.folder, create=False, read_only=self.read_only, timeout_s=self.timeout_s
+            )
+            try:
+                return engine.past(version)(create)
+            finally:
+                engine.release()
+
+        self.sync()
+        return open_past
 
     def version_at(self, time_ns: int) -> int:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+        """Return the newest version that is not younger than a time."""
+        from everpool.past.looking import PathHistory
+
+        self.sync()
+        with contextlib.closing(self._past().open()) as store:
+            history = PathHistory(self._past(), self.replica, store)
+            try:
+                return history.version_at(time_ns)
+            finally:
+                history.close()
 
     def branch(self, url: str, version: int) -> None:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+        """Make a pool at a URL that begins as this was at a version. It shares nothing with it."""
+        from everpool.past.sending import branch
+
+        branch(self._keeper(), self.past(version)(False), url)
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Make a checkpoint, and have a pool at the URL begin with it; returns its version."""
+        from everpool.past.sending import back_up
+
+        return back_up(self._keeper(), lambda version: self.past(version)(False), url, progress)
+
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Refuse: only a bucket can lock."""
+        raise InvalidError(
+            "a pool at a path cannot be locked, for its owner can always delete it: copy it to a "
+            "bucket with object lock (`everpool copy POOL s3://...`), and lock it there"
+        )
 
     def checkpoint(self) -> int:
-        """Make memory durable in its own files, and trim the tail."""
-        self.flush()
-        return self.replica.version()
+        """Make a checkpoint now, which begins the past when there is none; returns its version."""
+        version = self._keeper().checkpoint()
+        if version:  # else there is nothing yet
+            self.flush()
+        return version
+
+    def _past(self) -> "PastFolder":
+        from everpool.past.folder import PastFolder
+
+        return PastFolder(self.folder, self.replica.bulk)
+
+    def _keeper(self) -> "Keeper":
+        from everpool.past.keeper import Keeper
+
+        committer = self._committer()
+        with self._mutex:
+            if self._kept_by is None:
+                self._kept_by = Keeper(self.folder, self.replica, committer, self.timeout_s)
+            return self._kept_by
+
+    def _checkpoint_quietly(self) -> None:
+        if self.replica.bulk.keeps_past():
+            self._keeper().checkpoint_quietly()
 
     def collect(
         self, dry_run: bool, progress: Callable[[dict[str, Any]], None] | None
     ) -> dict[str, Any]:
-        """Refuse: a pool at a path keeps no past."""
-        raise _no_past()
+        """Refuse: nothing of the past of a pool at a path is collected."""
+        raise InvalidError(
+            "nothing is collected at a path, where all of the past is kept: to end it, delete the "
+            "folder `past`; to start afresh, `everpool copy` the pool"
+        )
 
     def stats(self) -> dict[str, Any]:
         """Return facts about the pool and this process's replica of it."""
@@ -210,6 +308,7 @@ class Engine:
             "memory_behind_index": max(0, state.version - applied),
             "floor": state.floor,
             "flushed": state.flushed,
+            "checkpoint": state.checkpoint,
             "tail_bytes": state.tail_bytes,
             "index_bytes": replica.index.path.stat().st_size,
             "readers": environment.info()["num_readers"],
@@ -218,6 +317,8 @@ class Engine:
 
     def close(self) -> None:
         """Commit what is queued and close everything that can be closed."""
+        if self._kept_by is not None:
+            self._kept_by.close()
         if self.committer is not None:
             self.committer.close()
         self.replica.close()
@@ -226,13 +327,6 @@ class Engine:
         if self.committer is None:
             raise InvalidError(f"the pool {self.folder} is open read-only: open it for writing")
         return self.committer
-
-
-def _no_past() -> InvalidError:
-    return InvalidError(
-        "a pool at a path keeps no past: use a pool at a URL, like file:///folder, or copy this "
-        "one there with `everpool copy`"
-    )
 
 
 _engines: dict[tuple[int, int, bool], Engine] = {}

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from everpool.commit import Submission
-from everpool.records import Record, RecordId
+from everpool.records import Record, RecordId, Reference
 from everpool.replica.bulk import Staged
 from everpool.replica.replica import Replica
 from everpool.replica.verify import Report
@@ -72,6 +72,21 @@ class Engine(Protocol):
         """Settle what became of a record: its state, version and results."""
         ...
 
+    def begin_past(self, version: int | None = None) -> None:
+        """Keep a past from now on, where that is not done from the start.
+
+        Raises `InvalidError` when `version` is of before the past began.
+        """
+        ...
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what a record names to bind a large value of the past, and what was stored."""
+        ...
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Make a checkpoint, and have a pool at the URL begin with it; returns its version."""
+        ...
+
     def past(self, version: int) -> "Callable[[bool], Engine]":
         """Return what opens the pool as it was at a version."""
         ...
@@ -82,6 +97,10 @@ class Engine(Protocol):
 
     def branch(self, url: str, version: int) -> None:
         """Make a pool at a URL that begins as this was at a version, and shares its segments."""
+        ...
+
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Make a locked snapshot of the newest version; see `Pool.snapshot`."""
         ...
 
     def checkpoint(self) -> int:

@@ -8,6 +8,7 @@ from everpool import embedded
 from everpool.engine import DEFAULT_TIMEOUT_S, Engine
 from everpool.errors import InvalidError
 from everpool.pool import Pool
+from everpool.store import without_secrets
 
 # What pathlib makes of a URL.
 _CUT_URL = re.compile(r"(s3|gs|az|file):/(?!/)", re.IGNORECASE)
@@ -57,10 +58,8 @@ def open_pool(
                 path, cache, create=create, read_only=read_only, timeout_s=timeout_s
             )
 
-        return Pool(remote.without_secrets(path), join, create=create, read_only=read_only)
+        return Pool(without_secrets(path), join, create=create, read_only=read_only)
     folder = Path(given).absolute()
-    if "\0" in os.fspath(folder):
-        raise InvalidError(f"{path!r} is no path: it holds a NUL")
 
     def acquire(create: bool) -> Engine:
         return embedded.acquire(folder, create=create, read_only=read_only, timeout_s=timeout_s)
@@ -75,7 +74,7 @@ def reopen(path: str, read_only: bool, timeout_s: float, cache_dir: str | None) 
     )
 
 
-def reopen_past(url: str, version: int, timeout_s: float, cache_dir: str) -> Pool:
+def reopen_past(url: str, version: int, timeout_s: float, cache_dir: str | None) -> Pool:
     """Open a pool as it was, as another process had it open."""
     with reopen(url, True, timeout_s, cache_dir) as pool:
         return pool.at(version)

@@ -35,6 +35,7 @@ from everpool.snapshots import (
     Collected,
     Retention,
     Snapshot,
+    check_unlocked,
     restoring,
     retaining,
     retention_of,
@@ -48,6 +49,7 @@ T = TypeVar("T")
 _SHORTEST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.05
 _LOOKUP_TRIES = 20
+_LONGEST_LOCK_S = 36_525 * 86_400
 _MISSING = object()
 _IMMUTABLE = frozenset({bytes, str, int, float, complex, bool})
 _CACHED_BYTES = 4096
@@ -185,6 +187,13 @@ class Pool(MutableMapping[str, Any]):
         if type(prefix) is not str or "\0" in prefix:
             raise InvalidError(f"a prefix is a str without NUL, not {prefix!r}")
         return self.engine().replica.names(prefix)
+
+    def size_of(self, name: str) -> int:
+        """Return how many bytes an object has: memory in all, a value as it is stored.
+
+        Nothing but the index is looked at. Raises `NotFoundError`.
+        """
+        return self._row(name).size
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Bind several names in one transaction."""
@@ -354,23 +363,55 @@ class Pool(MutableMapping[str, Any]):
 
     # The past
 
-    def snapshot(self, name: str, version: int | None = None) -> Snapshot:
+    def snapshot(
+        self, name: str, version: int | None = None, *, locked: bool | timedelta = False
+    ) -> Snapshot:
         """Give a name to the newest version, or to an older one, so that it can be found again.
+
+        At a path, the first one begins the pool's past: it makes a checkpoint, which copies all
+        memory once.
+
+        A `locked` one cannot be forgotten for a period: the one given, else that of the bucket's
+        default retention, else 30 days. Where the bucket has object lock, everything that the
+        snapshot needs is locked there for as long, old objects included; what came of it is in
+        `lock` and `locked_until` of what is returned. It is a checkpoint of the newest version.
 
         Raises `ExistsError` when there is such a snapshot.
         """
+        check_name(name)
+        if locked is not False:
+            period_s = locked.total_seconds() if isinstance(locked, timedelta) else None
+            self._lock(name, version, period_s)
+            return next(found for found in self.snapshots() if found.name == name)
         if version == 0:
             raise InvalidError("version 0 is the empty pool, which needs no name: name a later one")
-        self.sync()
+        engine = self.writing_engine()
+        engine.sync()
+        engine.begin_past(version)
         self._commit(Pin(check_name(name), version or 0))
         return next(found for found in self.snapshots() if found.name == name)
+
+    def _lock(self, name: str, version: int | None, period_s: float | None) -> None:
+        if version is not None:
+            raise InvalidError(
+                "a locked snapshot is of the newest version: leave `version` out, or restore that "
+                "version first"
+            )
+        if period_s is not None and not 1 <= period_s <= _LONGEST_LOCK_S:
+            raise InvalidError(f"locked for {period_s:g} seconds: give a second to a century")
+        self.writing_engine().lock(name, period_s)
 
     def snapshots(self) -> list[Snapshot]:
         """Return all snapshots, oldest version first."""
         return snapshots_of(self.engine())
 
     def forget_snapshot(self, name: str) -> None:
-        """Take a snapshot's name away. Raises `NotFoundError`."""
+        """Take a snapshot's name away.
+
+        Raises `NotFoundError`, and `InvalidError` for a locked one before its time.
+        """
+        self.sync()
+        check_unlocked(self.snapshots(), name)
         self._commit(Unpin(check_name(name)))
 
     def at(self, when: "int | str | datetime") -> "Pool":
@@ -378,7 +419,8 @@ class Pool(MutableMapping[str, Any]):
 
         `when` is a version, the name of a snapshot, or a time (the newest version that is not
         younger; a naive one is local). It costs the index of names; bytes come when touched.
-        Raises `InvalidError` for the future, and for a pool at a path, which keeps no past.
+        Raises `InvalidError` for the future, and, for a pool at a path, for what was before its
+        past began, with the first snapshot or checkpoint.
         """
         engine = self.engine()
         version = version_of(engine, when)
@@ -401,22 +443,33 @@ class Pool(MutableMapping[str, Any]):
     def branch(self, url: str, at: "int | str | datetime | None" = None) -> None:
         """Make a pool at `url` that begins as this one is, or was, and goes its own way from there.
 
-        It shares this pool's segments: only the index and what no checkpoint has yet are copied,
-        so this pool must stay where it is. A snapshot of this pool, `branch at URL`, says so.
-        Open the branch like any other pool. Raises `ExistsError` when there is a pool at `url`.
+        A branch of a pool at a URL shares its segments: only the index and what no checkpoint has
+        yet are copied, so this pool must stay where it is. A snapshot of this pool, `branch at
+        URL`, says so. One of a pool at a path shares nothing, so either may be deleted; what lies
+        on the same disk is linked instead of copied. Open the branch like any other pool. Raises
+        `ExistsError` when there is a pool at `url`.
         """
         engine = self.writing_engine()
+        engine.begin_past()
         version = engine.sync() if at is None else version_of(engine, at)
         engine.branch(url, version)
 
-    def checkpoint(self) -> int:
-        """Make a checkpoint now, from which new hosts begin; returns its version.
+    def checkpoint(
+        self, url: str | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Make a checkpoint now; returns its version.
 
-        Checkpoints are made by themselves when enough was committed. At a path, it makes memory
-        durable in its own files.
+        In a bucket, new hosts begin with it. At a path it begins the pool's past, or goes on with
+        it. From then on, checkpoints are made by themselves when enough was committed.
+
+        With a `url`, a pool at a path sends the checkpoint there, as a backup: opening that URL
+        goes on from it. The first one sends everything, later ones only what is not there yet. What
+        was interrupted is finished by calling it again. `progress` is called with the bytes sent so
+        far, and the bytes in all. Raises `ExistsError` when there is a pool at `url` that is no
+        backup of this one, or that was opened for writing since.
         """
-        self.writing_engine()
-        return self.engine().checkpoint()
+        engine = self.writing_engine()
+        return engine.checkpoint() if url is None else engine.backup(url, progress)
 
     @property
     def retention(self) -> Retention:

@@ -179,10 +179,17 @@ class Checkpoint(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
 
 
 class Pin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=9):
-    """Give the free snapshot name `name` to `version`; 0 is that of this record."""
+    """Give the free snapshot name `name` to `version`; 0 is that of this record.
+
+    With a `lock`, which says what keeps it, the snapshot is not to be forgotten before a time
+    (nanoseconds since 1970), and may be there already, of that version. Both are told, not judged:
+    see `everpool.snapshots`.
+    """
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class Unpin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=10):
@@ -215,7 +222,7 @@ class Retain(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
 
 class Restore(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=13):
-    """Say that this record names objects again which were in use at `version`."""
+    """Say that this record puts values again which were in use at `version`."""
 
     version: int
 

@@ -7,7 +7,6 @@ memory yet, go through it (see `everpool.agent.client`).
 import atexit
 import contextlib
 import os
-import re
 import sys
 import threading
 import time
@@ -21,8 +20,9 @@ from everpool.agent.branching import branch
 from everpool.agent.checking import Check
 from everpool.agent.client import Client, Greeting, Request
 from everpool.agent.host import folder_name
+from everpool.agent.locking import ADVISORY, Vault
 from everpool.agent.past import History, PastEngine
-from everpool.agent.pools import Marker, create_marker, open_pool_store, read_marker
+from everpool.agent.pools import Marker, claim, create_marker, open_pool_store, read_marker
 from everpool.agent.values import CachedValues
 from everpool.commit import Submission
 from everpool.errors import (
@@ -49,13 +49,14 @@ from everpool.replica.index import translated
 from everpool.replica.replica import Parts, Replica
 from everpool.replica.verify import Report
 from everpool.snapshots import snapshots_of
-from everpool.store import open_store
+from everpool.store import open_store, without_secrets
 from everpool.values import Encoded
 
 # How much longer than a commit opening may take: an agent has to start.
 _START_S = 2.0
+_CHECKPOINT_TRIES = 5
+_CHECKPOINT_PAUSE_S = 0.2
 _LOOK_S = 0.1
-_QUERY = re.compile(r"\?.*$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None) -> Path:
@@ -67,11 +68,6 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
         return Path.home() / "Library" / "Caches" / "everpool"
     base = os.environ.get("XDG_CACHE_HOME") or os.fspath(Path.home() / ".cache")
     return Path(base) / "everpool"
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL for messages: without its query, where settings are."""
-    return _QUERY.sub("", url)
 
 
 class RemoteEngine:
@@ -244,6 +240,20 @@ class RemoteEngine:
         ((state, version, results),) = self._ask("outcomes", [list(id)])
         return state, version, results
 
+    def begin_past(self, version: int | None = None) -> None:
+        """Do nothing: a pool in a bucket keeps its past from the start."""
+
+    def again(self, reference: Reference) -> tuple[Reference, list[Staged]]:
+        """Return what another record names to have a value again: the same segment."""
+        return reference, []
+
+    def backup(self, url: str, progress: Callable[[int, int], None] | None) -> int:
+        """Refuse: a pool in a bucket is where backups go."""
+        raise InvalidError(
+            "only a pool at a path sends its checkpoints elsewhere: use `branch`, which shares "
+            "this bucket's segments, or `everpool copy`"
+        )
+
     def past(self, version: int) -> Callable[[bool], PastEngine]:
         """Return what opens the pool as it was at a version."""
         self.sync()
@@ -252,7 +262,7 @@ class RemoteEngine:
             raise InvalidError(f"the pool has the versions 0 to {state.version}, not {version}")
         if not state.horizon.keeps(version, (one.version for one in snapshots_of(self))):
             kept = state.horizon.kept
-            elsewhere = ", or the pool that this one branched from has it" * bool(self.marker.parent)
+            elsewhere = ", or is in the pool that this one branched from" * bool(self.marker.parent)
             raise InvalidError(
                 f"version {version} was collected{elsewhere}: versions from {kept} on are kept, "
                 "and those of snapshots; `pool.retain` says for how long",
@@ -264,9 +274,19 @@ class RemoteEngine:
 
         def open_past(create: bool) -> PastEngine:
             store = open_pool_store(self.url)
-            history = History(store, state.manifest, self.marker.start)
+            try:
+                history = History(store, state.manifest, self.marker.start)
+            except BaseException:
+                store.close()
+                raise
             return PastEngine(
-                store, history, state.pool, version, self.timeout_s, (reopen_past, place)
+                self.folder / "past",
+                store,
+                history,
+                state.pool,
+                version,
+                self.timeout_s,
+                (reopen_past, place),
             )
 
         return open_past
@@ -277,17 +297,57 @@ class RemoteEngine:
 
         def pin() -> None:
             name = f"branch at {without_secrets(url)}"
+            self.sync()
             known = {one.name: one.version for one in snapshots_of(self)}
-            if known.get(name) != version:
-                operations: list[Operation] = [Unpin(name)] if name in known else []
-                operations.append(Pin(name, version))
-                record = Record(self.replica.version(), [], [], [], operations)
-                self.write(record, []).version()
+            if known.get(name, version) != version:
+                # A branch may need that one, which was faster, or is where this URL's query led.
+                name = f"{name}, of version {version}"
+            if name not in known:
+                self._commit(Pin(name, version))
 
         try:
             branch(past, self.url, url, pin)
         finally:
             past.release()
+
+    def lock(self, name: str, period_s: float | None) -> None:
+        """Make a locked snapshot of the newest version; see `everpool.agent.locking`."""
+        begun_ns = time.time_ns()
+        with contextlib.closing(Vault(self.url, self.marker)) as vault:
+            self._checkpoint_now()
+            state = self.replica.state()
+            if not state.manifest:
+                raise InvalidError("version 0 is the empty pool: there is nothing to lock yet")
+            self._commit(Pin(name, state.checkpoint))
+            try:
+                held = vault.hold(self._store, state.manifest, period_s, begun_ns)
+            except BaseException:
+                with contextlib.suppress(EverpoolError):
+                    self._commit(Unpin(name))
+                raise
+            self._commit(Pin(name, state.checkpoint, held.until_ns, held.lock))
+            if not held.lock.startswith(ADVISORY):
+                # It is held by now; the head that says so would be worth holding, too.
+                with contextlib.suppress(EverpoolError):
+                    vault.hold(self._store, state.manifest, period_s, begun_ns)
+
+    def _checkpoint_now(self) -> None:
+        """Make a checkpoint of all that was committed before, or see that somebody else did."""
+        version = self.sync()
+        for left in reversed(range(_CHECKPOINT_TRIES)):
+            try:
+                self.checkpoint()
+            except UnavailableError:
+                if not left:
+                    raise
+                time.sleep(_CHECKPOINT_PAUSE_S)
+            self.sync()
+            if self.replica.state().checkpoint >= version:
+                return
+
+    def _commit(self, *operations: Operation) -> None:
+        record = Record(self.replica.version(), [], [], [], list(operations))
+        self.write(record, []).version()
 
     def version_at(self, time_ns: int) -> int:
         """Return the newest version that is not younger than a time."""
@@ -414,7 +474,8 @@ def acquire(
         else:
             with contextlib.closing(open_store(url)) as store:
                 where = without_secrets(url)
-                marker = (create_marker if create else read_marker)(store, where)
+                found = (create_marker if create else read_marker)(store, where)
+                marker = claim(store, where, found, read_only=read_only)
             folder = cache / folder_name(url, marker.pool())
         check()
         try:

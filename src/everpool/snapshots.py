@@ -27,11 +27,18 @@ _PIECE_BYTES = 1 << 20
 
 
 class Snapshot(NamedTuple):
-    """A version that has a name. `time` is when the name was given, by the log's clock (UTC)."""
+    """A version that has a name. `time` is when the name was given, by the log's clock (UTC).
+
+    A locked one is kept until `locked_until`. `lock` says by what, as the store told it when the
+    snapshot was made: `compliance`, the bucket lets nobody delete what it needs; `governance`,
+    nobody who lacks a right of its own; `advisory: ...`, only Everpool refuses, and why.
+    """
 
     name: str
     version: int
     time: datetime.datetime
+    lock: str = ""
+    locked_until: datetime.datetime | None = None
 
 
 class Retention(NamedTuple):
@@ -76,7 +83,28 @@ def snapshots_of(engine: "Engine") -> list[Snapshot]:
     """Return all snapshots, oldest version first."""
     with engine.replica.index.read() as txn:
         found = engine.replica.index.pins(txn)
-    return [Snapshot(name, version, _time_of(time_ns)) for name, version, time_ns in found]
+    return [
+        Snapshot(
+            name,
+            pin.version,
+            _time_of(pin.time_ns),
+            pin.lock,
+            _time_of(pin.locked_until_ns) if pin.locked_until_ns else None,
+        )
+        for name, pin in found
+    ]
+
+
+def check_unlocked(snapshots: list[Snapshot], name: str) -> None:
+    """Raise `InvalidError` while the snapshot of that name is locked."""
+    for found in snapshots:
+        until = found.locked_until
+        if found.name == name and until is not None and until > datetime.datetime.now(datetime.UTC):
+            raise InvalidError(
+                f"the snapshot {name!r} is locked until {until.isoformat(' ', 'seconds')} "
+                f"({found.lock}): forget it then",
+                name=name,
+            )
 
 
 def version_of(engine: "Engine", when: object) -> int:
@@ -131,7 +159,9 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
         elif current is None or current.id != wanted.id:
             if current is not None and current.kind == MEMORY:
                 operations.append(Delete(name))
-            operations.append(Put(name, _payload(wanted)))
+            payload, stored = _payload(now, wanted)
+            operations.append(Put(name, payload))
+            staged += stored
     if operations:
         operations.insert(0, Restore(then.replica.version()))
     memory = [row for name in names if (row := now.replica.find(name).row) and row.kind == MEMORY]
@@ -139,9 +169,9 @@ def restoring(now: "Engine", then: "Engine") -> tuple[Record, list[Staged]]:
     return Record(version, list(names), [""], ranges, operations), staged
 
 
-def _payload(row: NameRow) -> Payload:
+def _payload(now: "Engine", row: NameRow) -> tuple[Payload, list[Staged]]:
     assert row.kind in (INLINE, BULK)
-    return bytes(row.body) if row.kind == INLINE else row.reference()
+    return (bytes(row.body), []) if row.kind == INLINE else now.again(row.reference())
 
 
 def _written(engine: "Engine", row: NameRow) -> Iterator[tuple[int, bytes]]:

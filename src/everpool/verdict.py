@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from everpool.collection import Horizon, refusal, upload_version
+from everpool.collection import Horizon, is_collected, refusal, upload_version
 from everpool.records import (
     MAX_MEMORY_BYTES,
     NUMBER_BYTES,
@@ -54,6 +54,7 @@ from everpool.records import (
 _BLOCK_SHIFT = 12
 _WIDE_BLOCKS = 16
 _MAX_KEY_CHARACTERS = 255
+_MAX_LOCK_CHARACTERS = 255
 _NO_HORIZON = Horizon()
 
 
@@ -171,6 +172,8 @@ class SetPin(msgspec.Struct, gc=False):
 
     name: str
     version: int
+    locked_until_ns: int = 0
+    lock: str = ""
 
 
 class SetHorizon(msgspec.Struct, gc=False):
@@ -520,7 +523,7 @@ class Judge:
         floor, checkpoint, horizon = self.floor, self.checkpoint, self.horizon
         pins: dict[str, int] | None = None
         fenced: dict[bytes, SessionState] = {}
-        restored = 0  # what is older than that is named again
+        restoring = False
 
         def binding(name: str) -> Binding | None:
             if not is_name(name):
@@ -542,13 +545,11 @@ class Judge:
                 )
             return id
 
-        def stored(payload: Payload) -> Payload:
+        def stored(payload: Payload, known: bool = False) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
-            if isinstance(payload, Reference) and horizon.start:
-                began = upload_version(payload.file)
-                if began >= restored:
-                    _check_upload(began, horizon)
+            if isinstance(payload, Reference) and horizon.start and not known:
+                _check_upload(upload_version(payload.file), horizon)
             return payload
 
         for operation in record.operations:
@@ -561,7 +562,8 @@ class Judge:
                 old = binding(name)
                 if old is not None and old.size >= 0:
                     raise _Refused(Verdict.EXISTS, f"memory {name!r}")
-                payload = stored(operation.payload)
+                # Of what is restored, values are known; memory was uploaded for this.
+                payload = stored(operation.payload, restoring)
                 effects.append(Bind(name, next_id, payload, old.id if old else 0))
                 overlay[name] = Binding(next_id, -1)
                 next_id += 1
@@ -608,18 +610,21 @@ class Judge:
                 if pins is None:
                     pins = dict(catalog.pins())
                 if isinstance(operation, Collect):
+                    if not all(is_collected(key) for key in operation.dead):
+                        raise _Refused(Verdict.INVALID, "an object that is not to be collected")
                     why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
                     if why is not None:
                         raise _Refused(Verdict.CONFLICT, why)
-                    if not all(_is_key(key) for key in operation.dead):
-                        raise _Refused(Verdict.INVALID, "a key that cannot be one")
+                    voided = horizon.voided
+                    if operation.start > horizon.start:
+                        voided = self.version
                     horizon = msgspec.structs.replace(
-                        horizon, kept=operation.kept, start=operation.start
+                        horizon, kept=operation.kept, start=operation.start, voided=voided
                     )
                     effects.append(SetHorizon(horizon, operation))
                 elif isinstance(operation, Restore):
                     horizon = self._restored(operation, horizon, pins)
-                    restored = operation.version
+                    restoring = True
                     effects.append(SetHorizon(horizon, None))
                 else:
                     effects.append(self._pin(operation, pins, horizon))
@@ -652,14 +657,17 @@ class Judge:
             if pins.pop(name, None) is None:
                 raise _Refused(Verdict.NOT_FOUND, f"snapshot {name!r}")
             return SetPin(name, -1)
-        if name in pins:
-            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         version = operation.version or self.version
+        if name in pins and not (operation.lock and pins[name] == version):
+            raise _Refused(Verdict.EXISTS, f"snapshot {name!r}")
         if not 0 < version <= self.version:
             raise _Refused(Verdict.INVALID, f"snapshot {name!r} of version {version}")
         _check_kept(version, horizon, pins)
+        until_ns, lock = operation.locked_until_ns, operation.lock
+        if not 0 <= until_ns < 1 << 63 or len(lock) > _MAX_LOCK_CHARACTERS:
+            raise _Refused(Verdict.INVALID, f"the lock of snapshot {name!r}")
         pins[name] = version
-        return SetPin(name, version)
+        return SetPin(name, version, until_ns, lock)
 
     def _restored(self, operation: Restore, horizon: Horizon, pins: Mapping[str, int]) -> Horizon:
         if not 0 <= operation.version < self.version:

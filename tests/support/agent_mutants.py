@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from everpool import collection, verdict
 from everpool.agent import blocks, commits, server, steward
 from everpool.errors import CommitUnknownError, EverpoolError, UnavailableError
-from everpool.records import RecordId
+from everpool.records import Checkpoint, RecordId
 from everpool.replica.player import Player
 from everpool.store.directory import DirectoryStore
 from everpool.verdict import Add
@@ -146,3 +147,38 @@ MUTANTS: dict[str, Callable[[], None]] = {
         blackout,
     )
 }
+
+
+def late_uploads_count() -> None:
+    """Takes uploads that a collection has voided."""
+    vars(verdict)["_check_upload"] = lambda *_: None
+
+
+def checkpoints_build_on_anything() -> None:
+    """Takes a checkpoint that builds on one which is not the newest any more."""
+    decide = verdict.Judge._effects
+
+    def deciding(self: Any, record: Any, effects: Any) -> int:
+        for at, operation in enumerate(record.operations):
+            if isinstance(operation, Checkpoint):
+                record.operations[at] = msgspec.structs.replace(operation, previous=-1)
+        return decide(self, record, effects)
+
+    verdict.Judge._effects = deciding  # type: ignore[method-assign]
+
+
+def restored_is_dead() -> None:
+    """Calls dead what was brought back meanwhile."""
+    refusal = collection.refusal
+
+    def refusing(record: Any, checkpoint: int, horizon: Any, pins: Any, now: int) -> Any:
+        horizon = msgspec.structs.replace(horizon, restored=0)
+        return refusal(record, checkpoint, horizon, pins, now)
+
+    vars(verdict)["refusal"] = refusing
+
+
+def snapshots_are_overlooked() -> None:
+    """Lets go of the version of a snapshot that was taken meanwhile."""
+    refusal = collection.refusal
+    vars(verdict)["refusal"] = lambda *args: refusal(*args[:3], (), args[4])

@@ -386,10 +386,12 @@ def check_verdicts(pools: list[Any]) -> None:
 def played_from_the_start(pool: Any, url: str, version: int) -> Iterator[Any]:
     """The pool as it was, by playing every entry that there ever was, without a checkpoint."""
     id = pool.engine().replica.state().pool
+    folder = pool.engine().folder / "past"
 
     def acquire(create: bool) -> Any:
         store = open_store(url)
-        return PastEngine(store, History(store, "", ""), id, version, 30.0, (acquire, ()))
+        history = History(store, "", "")
+        return PastEngine(folder, store, history, id, version, 30.0, (acquire, ()))
 
     with everpool.Pool(url, acquire, create=False, read_only=True) as past:
         yield past

@@ -18,6 +18,13 @@ A trap snaps once. The points, in the order of a checkpoint:
     adopted     this replica has taken over where pages are
     trimmed     the log is trimmed
 
+in that of a collection,
+
+    planned     what is to be kept is known
+    listed      what is dead is known
+    decided     a record that says so is committed, and played here
+    deleted     one object is deleted
+
 and, for a commit, `added`: an addition is in memory, and not yet marked as applied.
 """
 
@@ -131,11 +138,12 @@ def after(owner: Any, name: str, act: Callable[..., object]) -> None:
 
 
 def install_traps() -> None:
-    from everpool.agent import steward
+    from everpool.agent import collector, steward
     from everpool.agent.host import Host
     from everpool.log.bucket import BucketLog
     from everpool.replica import flush
     from everpool.replica.player import Player
+    from everpool.store.directory import DirectoryStore
     from everpool.verdict import Add
 
     made = steward.Steward.checkpoint
@@ -178,13 +186,20 @@ def install_traps() -> None:
     after(steward, "write_manifest", lambda *_: strike("manifest"))
     after(Host, "adopt", adopted)
     after(BucketLog, "trim", lambda *_: strike("trimmed"))
+    vars(collector)["_DELETED_AT_ONCE"] = 1
+    vars(collector)["MOST_COLLECTED"] = 3
+    after(collector.Collector, "_plan", lambda *_: strike("planned"))
+    after(collector.Collector, "_look", lambda *_: strike("listed"))
+    after(collector.Collector, "_decide", lambda *_: strike("decided"))
+    after(DirectoryStore, "delete", lambda *_: strike("deleted"))
 
     begun = steward.Steward.__init__
 
     def init(self: Any, host: Host, commit: Callable[[Any], object]) -> None:
-        def committing(record: Any) -> None:
-            commit(record)
+        def committing(record: Any) -> Any:
+            result = commit(record)
             strike("committed")
+            return result
 
         begun(self, host, committing)
 

@@ -104,6 +104,7 @@ def audit(job: Job) -> Answer:
             assert same(before, seen), f"read-only showed {shorter(before)}, now {shorter(seen)}"
         check_promises(job, seen)
         check_files(pool)
+        check_past(pool, seen, random.Random(job.seed))
         for id, version in job.outcomes:
             found = pool.outcome(id)
             assert found.state == "expired" or (found.state, found.version) == (
@@ -172,12 +173,7 @@ def check_promises(job: Job, seen: Look) -> None:
     assert not strangers, f"nobody made {strangers}"
     if seen.total is not None:
         assert least <= seen.total <= most, f"total {seen.total}, not {least} to {most}"
-    if seen.bank is not None:
-        balances = [OPENING_BALANCE] * ACCOUNTS
-        for source, target, amount in seen.transfers:
-            balances[source] -= amount
-            balances[target] += amount
-        assert balances == seen.bank, f"the bank has {seen.bank}, its transfers say {balances}"
+    check_bank(seen)
 
 
 def differences(held: State, states: list[State]) -> str:
@@ -214,6 +210,40 @@ def check_files(pool: everpool.Pool) -> None:
     # An id that was not given away in the end will be given to the next object.
     lost = {id for id in files - ids if id < state.next_id}
     assert not lost, f"files of memory {lost} belong to nothing"
+
+
+def check_past(pool: everpool.Pool, seen: Look, pick: random.Random) -> None:
+    """What the past shows of now is what there is now, and the versions before are whole."""
+    began: int | None = None
+    try:
+        with pool.at(seen.version) as past:
+            now = look(past)
+            assert same(now, seen), f"the past shows {shorter(now)}, the pool {shorter(seen)}"
+        began = int(pool.engine()._past().marker().began)  # type: ignore[union-attr]
+    except everpool.InvalidError as error:
+        assert "no past yet" in str(error), error
+        return
+    for _ in range(3):
+        version = pick.randint(began, seen.version)
+        try:
+            with pool.at(version) as past:
+                then = look(past)
+                assert past.version == then.version == version
+                check_bank(then)
+                report = past.verify()
+                assert report.ok, f"verify of version {version} found {report.damage}"
+        except everpool.InvalidError as error:
+            assert "begins with version" in str(error), error
+
+
+def check_bank(seen: Look) -> None:
+    """The balances are what the transfers made of them."""
+    if seen.bank is not None:
+        balances = [OPENING_BALANCE] * ACCOUNTS
+        for source, target, amount in seen.transfers:
+            balances[source] -= amount
+            balances[target] += amount
+        assert balances == seen.bank, f"the bank has {seen.bank}, its transfers say {balances}"
 
 
 def commit_again(pool: everpool.Pool, seen: Look, pick: random.Random) -> Look:

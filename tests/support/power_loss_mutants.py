@@ -15,6 +15,7 @@ import lmdb
 
 from everpool.commit import Committer
 from everpool.embedded import Engine
+from everpool.past import folder
 from everpool.replica import bulk, dirty, flush, index, layout, ring, shared
 from everpool.replica.batch import Batch
 from everpool.replica.bulk import BulkFiles
@@ -88,6 +89,19 @@ def folders_not_flushed() -> None:
 @mutant
 def staging_not_flushed() -> None:
     bulk.sync_folder = _nothing
+
+
+@mutant
+def past_values_not_flushed() -> None:
+    folder.sync_folder = _nothing
+
+
+@mutant
+def replaced_values_removed_at_once() -> None:
+    def removed(_: Any, row: Any) -> str:
+        return row.reference().file if row is not None and row.kind == index.BULK else ""
+
+    Batch._removed = removed  # type: ignore[method-assign]
 
 
 @mutant

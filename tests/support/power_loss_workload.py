@@ -64,7 +64,7 @@ class Order(msgspec.Struct, frozen=True):
 
     `actors` are played at once by a thread each. `create` makes the pool, the bank and the
     counter first; else they are waited for. A `late` one begins when it is told to. `watched` are
-    actors of an earlier run, of whom it tells what it saw.
+    actors of an earlier run, of whom it tells what it saw. With `past`, a flush is a checkpoint.
     """
 
     disk: str
@@ -77,6 +77,7 @@ class Order(msgspec.Struct, frozen=True):
     watched: tuple[str, ...] = ()
     flush_versions: int = 40
     kept_versions: int = 30
+    past: bool = False
     mutant: str = ""
     boot: str = str(uuid.UUID(int=1))
 
@@ -112,7 +113,9 @@ def work(link: Connection, order: Order) -> None:
                 troubles.append(traceback.format_exc())
 
         threads = [
-            threading.Thread(target=play, args=(Actor(pool, order.disk, name, part),))
+            threading.Thread(
+                target=play, args=(Actor(pool, order.disk, name, part, past=order.past),)
+            )
             for name, part in parts
         ]
         for thread in threads:
@@ -188,11 +191,14 @@ def write_shared_page(pool: everpool.Pool) -> None:
 class Actor:
     """One thread's part."""
 
-    def __init__(self, pool: everpool.Pool, disk: str, name: str, part: Script) -> None:
+    def __init__(
+        self, pool: everpool.Pool, disk: str, name: str, part: Script, *, past: bool
+    ) -> None:
         self._pool = pool
         self._disk = disk
         self._name = name
         self._steps = part.steps
+        self._past = past
         self._handles: dict[str, Any] = {}
 
     def play(self) -> None:
@@ -244,7 +250,10 @@ class Actor:
 
     def _do(self, step: Step) -> tuple[object, ...]:
         if step.how == "flush":
-            self._pool.engine().flush()
+            if self._past:
+                self._pool.checkpoint()
+            else:
+                self._pool.engine().flush()
             mark(self._disk, "flushed")
             write_shared_page(self._pool)
             return ()

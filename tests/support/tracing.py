@@ -37,15 +37,16 @@ _WAIT_ANY = 0x40000000  # __WALL
 _CALLS = {
     "x86_64": {
         "write": 1, "pwrite64": 18, "writev": 20, "msync": 26, "fcntl": 72, "flock": 73,
-        "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "mkdir": 83, "unlink": 87,
+        "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "mkdir": 83, "link": 86,
+        "unlink": 87, "linkat": 265,
         "openat": 257, "mkdirat": 258, "unlinkat": 263, "renameat": 264, "fallocate": 285,
         "pwritev": 296, "renameat2": 316, "getppid": 110,
     },
     "aarch64": {
         "write": 64, "pwrite64": 68, "writev": 66, "msync": 227, "fcntl": 25, "flock": 32,
         "fsync": 82, "fdatasync": 83, "ftruncate": 46, "openat": 56, "mkdirat": 34,
-        "unlinkat": 35, "renameat": 38, "fallocate": 47, "pwritev": 70, "renameat2": 276,
-        "getppid": 173,
+        "unlinkat": 35, "linkat": 37, "renameat": 38, "fallocate": 47, "pwritev": 70,
+        "renameat2": 276, "getppid": 173,
     },
 }.get(platform.machine(), {})  # fmt: skip
 _NAMES = {number: name for name, number in _CALLS.items()}
@@ -170,7 +171,8 @@ def _what(path: str) -> str:
     """Return a file's name, or its folder's where each file has a name of its own."""
     folder, name = os.path.split(path)
     kind = os.path.basename(folder)
-    return kind if kind in ("memory", "values", "staging") else name.partition(":")[0]
+    own = ("memory", "values", "staging", ".part")
+    return kind if kind in own else name.partition(":")[0]
 
 
 def _run(link: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -16,27 +16,31 @@ from everpool.agent.past import PastEngine
 from everpool.agent.pools import MARKER, create_branch
 from everpool.errors import ExistsError, NotFoundError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
+from everpool.replica.index import is_dead_object
 from everpool.segments.checkpoints import write_manifest, write_pages, write_runs
 from everpool.segments.format import Manifest
-from everpool.store import Store, open_store
+from everpool.store import Store, open_store, without_secrets
 
 _PAGES_AT_ONCE = 256
 
 
 def branch(past: PastEngine, parent: str, url: str, pin: Callable[[], None]) -> None:
     """Make a pool at `url` that begins as `past`, of the pool at `parent`."""
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     with contextlib.closing(open_store(url)) as store:
         with contextlib.suppress(NotFoundError):
             store.get(MARKER)
             raise ExistsError(f"there is a pool at {where} already: choose another URL")
         pool = uuid.uuid4().bytes
-        start = _write(past, store, pool)
+        start = write_start(past, store, pool)
         pin()
         create_branch(store, where, pool, parent, start)
 
 
-def _write(past: PastEngine, store: Store, pool: bytes) -> str:
+def write_start(past: PastEngine, store: Store, pool: bytes) -> str:
+    """Write what a new pool needs to begin as a pool was, but for what that has in segments
+    already; returns the manifest's key.
+    """
     index, blocks = past.replica.index, past.blocks
     pages: dict[tuple[int, int], bytes] = {}
     began = past.replica.version()
@@ -49,7 +53,9 @@ def _write(past: PastEngine, store: Store, pool: bytes) -> str:
         pages.update((place, page.row()) for place, page in zip(part, written, strict=True))
     with index.env.begin(buffers=True) as txn:
         state = index.state(txn)
-        runs = write_runs(store, began, index.dump(txn), 0, state.version)
+        # What the parent has let go of, and its objects, are the parent's business.
+        kept = (row for row in index.dump(txn) if not is_dead_object(row[0]))
+        runs = write_runs(store, began, kept, 0, state.version)
         rows = index.rows_of(txn, set(), set(), pages, set(), state.version)
         runs += write_runs(store, began, rows, 1, state.version)
     manifest = Manifest(pool, state.version, 0, state.hash, state.time_ns, runs, [])

@@ -13,20 +13,19 @@ and looks at the time before it appends.
 
 import contextlib
 import logging
-import math
 import os
 import select
-import socket
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everpool import errors
-from everpool.agent.frames import Frames, Nonsense, pack
-from everpool.agent.starting import Finder, agent_pid, is_stopped
+from everpool.agent.failures import error_of
+from everpool.agent.frames import pack
+from everpool.agent.link import HungUp, Link
+from everpool.agent.requests import Request, Requests
+from everpool.agent.starting import Finder, agent_pid
 from everpool.errors import (
     ClosedError,
     CommitUnknownError,
@@ -36,18 +35,15 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.interrupts import NOTICE_S, check, deferred
+from everpool.processes import is_stopped
 from everpool.records import RecordId
 from everpool.replica.batch import Result
 from everpool.verdict import Verdict
 
 _HELLO, _OUTCOMES = 1, 2
-_MOST_COMMITS = 4096
-_MOST_BYTES = 256 << 20
 _CONNECT_S = 0.01
 _LONGEST_PAUSE_S = 1.0
 _HOPELESS_PAUSE_S = 10.0
-_RECEIVED_BYTES = 64 << 10
-_ANCILLARY_BYTES = socket.CMSG_SPACE(16 * 4)
 _LONGEST_WAIT_S = 3600.0
 _log = logging.getLogger("everpool")
 
@@ -62,29 +58,6 @@ class Greeting(NamedTuple):
     position: int
     hash: bytes
     regions: list[tuple[int, int]]
-
-
-class Request:
-    """Something that is asked. `done` is called when `result` or `error` is there."""
-
-    __slots__ = ("arguments", "deadline", "done", "error", "id", "number", "result", "size", "verb")
-
-    def __init__(
-        self,
-        verb: str,
-        arguments: tuple[Any, ...],
-        deadline: float,
-        done: "Callable[[Request], None]",
-    ) -> None:
-        self.verb = verb
-        self.arguments = arguments
-        self.deadline = deadline
-        self.done = done
-        self.number = 0
-        self.size = 0
-        self.id: RecordId | None = None
-        self.result: Any = None
-        self.error: BaseException | None = None
 
 
 class Client:
@@ -108,24 +81,14 @@ class Client:
         self._greet = greet
         self._welcome = welcome
         self._mutex = threading.Lock()
-        self._room = threading.Condition(self._mutex)
-        self._requests: OrderedDict[int, Request] = OrderedDict()
-        self._commits = 0
-        self._bytes = 0
-        self._number = _OUTCOMES
-        self._socket: socket.socket | None = None
-        self._out: deque[tuple[int, memoryview]] = deque()
-        self._descriptors: deque[int] = deque()
-        self._frames = Frames()
-        self._received = bytearray(_RECEIVED_BYTES)
+        self._requests = Requests(self._mutex, _OUTCOMES + 1)
+        self._link: Link | None = None
         # Whether requests are sent, or wait for the outcomes of older ones.
         self._up = False
         self._moved = False
         self._asked: list[Request] = []
         self._attempt_at = 0.0
         self._pause_s = _CONNECT_S
-        # No request is late before.
-        self._due = math.inf
         # Why there is no agent, and why the agent does not reach the log.
         self.failure: EverpoolError | None = None
         self._trouble = ""
@@ -165,10 +128,10 @@ class Client:
         request.size = len(data)
         with deferred():
             with self._mutex:
-                while self._commits >= _MOST_COMMITS or self._bytes >= _MOST_BYTES:
+                while self._requests.is_full:
                     if self._closing or threading.get_ident() == self._thread.ident:
                         break
-                    if not self._room.wait(NOTICE_S):
+                    if not self._requests.room.wait(NOTICE_S):
                         check()
                     if time.monotonic() > deadline:
                         raise UnavailableError(
@@ -189,61 +152,38 @@ class Client:
         """Return when every commit that was submitted before has an outcome."""
         self.refuse_in_callback()
         with deferred(), self._mutex:
-            last = self._number
-            while self._oldest_commit() <= last:
-                if not self._room.wait(NOTICE_S):
+            last = self._requests.last
+            while self._requests.oldest_commit() <= last:
+                if not self._requests.room.wait(NOTICE_S):
                     check()
 
-    def _oldest_commit(self) -> float:
-        if not self._commits:
-            return math.inf
-        return next(one.number for one in self._requests.values() if one.verb == "commit")
-
     def _submit(self, request: Request) -> None:
-        data = None
         with self._mutex:
             if self._moved and self._closing:
                 raise UnavailableError("the pool's replica was begun anew meanwhile: try again")
             if self._closing or self._closed:
                 raise ClosedError("the pool is closed: open it again")
             failure = self.failure
-            if self._socket is None and failure is not None and failure.kind != "unavailable":
+            if self._link is None and failure is not None and failure.kind != "unavailable":
                 raise _copy(failure)
-            self._number += 1
-            request.number = self._number
-            data = self._packed(request)
-            self._requests[request.number] = request
-            if request.verb == "commit":
-                self._commits += 1
-                self._bytes += request.size
-            if self._up:
-                self._put(request.number, data)
-            if request.deadline < self._due:
-                self._due = request.deadline
+            data = self._requests.add(request)
+            link = self._link
+            if link is not None and self._up:
+                link.put(request.number, data)
+            if request.deadline < self._requests.due:
+                self._requests.due = request.deadline
                 self._nudge()
-            elif self._out:
+            elif link is not None and link.wants_room:
                 self._nudge()
-
-    def _packed(self, request: Request) -> bytes:
-        return pack(request.number, request.verb, *request.arguments)
 
     def _forget(self, request: Request) -> None:
         with self._mutex:
-            self._remove(request.number)
-
-    def _remove(self, number: int) -> Request | None:
-        """Take a request out. The mutex must be held."""
-        request = self._requests.pop(number, None)
-        if request is not None and request.verb == "commit":
-            self._commits -= 1
-            self._bytes -= request.size
-        self._room.notify_all()
-        return request
+            self._requests.remove(request.number)
 
     def _settle(self, number: int, result: Any, error: BaseException | None) -> bool:
         """Tell the outcome of a request; False when nobody waits for it any more."""
         with self._mutex:
-            request = self._remove(number)
+            request = self._requests.remove(number)
         if request is None:
             return False
         request.result, request.error = result, error
@@ -266,19 +206,17 @@ class Client:
 
         Returns what would have been called with the answers.
         """
-        self._mutex = threading.Lock()
-        self._room = threading.Condition(self._mutex)
+        left, self._mutex = list(self._requests), threading.Lock()
+        self._requests = Requests(self._mutex, _OUTCOMES + 1)
         self._closing = self._closed = True
-        link, self._socket = self._socket, None
+        link, self._link = self._link, None
         if link is not None:
             link.close()
         self._finder.give_up()
         if self._wake >= 0:
             os.close(self._wake)
             self._wake = -1
-        left = [request.done for request in self._requests.values()]
-        self._requests.clear()
-        return left
+        return [request.done for request in left]
 
     # The thread
 
@@ -303,13 +241,15 @@ class Client:
 
     def _step(self) -> None:
         """Wait for something to do, and do it."""
-        if self._socket is None and time.monotonic() >= self._attempt_at:
+        if self._link is None and time.monotonic() >= self._attempt_at:
             self._connect()
         with self._mutex:
-            wakes_at = self._due if self._socket is not None else min(self._due, self._attempt_at)
-            if self._socket is not None:
-                interest = select.POLLIN | (select.POLLOUT if self._out else 0)
-                self._poll.register(self._socket, interest)
+            wakes_at = self._requests.due
+            if self._link is None:
+                wakes_at = min(wakes_at, self._attempt_at)
+            else:
+                interest = select.POLLIN | (select.POLLOUT if self._link.wants_room else 0)
+                self._poll.register(self._link, interest)
         wait_s = min(max(0.0, wakes_at - time.monotonic()), _LONGEST_WAIT_S)
         ready = dict(self._poll.poll(1000 * wait_s + 1 if wait_s else 0))
         now = time.monotonic()
@@ -317,61 +257,32 @@ class Client:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
         for events in ready.values():
-            if events & select.POLLOUT:
+            if events & select.POLLOUT and self._link is not None:
                 with self._mutex:
-                    self._flush()
+                    self._link.flush()
             if events & ~select.POLLOUT:
                 self._receive()
-        if now >= self._due:
+        if now >= self._requests.due:
             # What was there when their time was over is there now.
-            while self._socket is not None and self._receive():
+            while self._link is not None and self._receive():
                 pass
             self._expire(now)
 
-    def _put(self, number: int, data: bytes) -> None:
-        """Send a frame, now or when there is room. The mutex must be held."""
-        self._out.append((number, memoryview(data)))
-        if len(self._out) == 1:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Send what there is room for. The mutex must be held."""
-        link = self._socket
-        if link is None:
-            return
-        with contextlib.suppress(OSError):  # its end shows when it is read
-            while self._out:
-                number, view = self._out[0]
-                sent = link.send(view, socket.MSG_NOSIGNAL)
-                if sent == len(view):
-                    self._out.popleft()
-                else:
-                    self._out[0] = (-abs(number), view[sent:])  # begun: it must be finished
-
     def _receive(self) -> bool:
         """Read what there is, or some of it; False when there was nothing."""
-        assert self._socket is not None
+        link = self._link
+        assert link is not None
         try:
-            size, ancillary, _, _ = self._socket.recvmsg_into(
-                [self._received], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
+            frames = link.receive()
+            for frame in frames or ():
+                self._take(link, *frame)
+        except HungUp:
+            if self._link is link:  # and this has not hung up itself meanwhile
+                self._hung_up()
             return False
-        except OSError:
-            size, ancillary = 0, []
-        for _, _, descriptors in ancillary:
-            self._descriptors.extend(memoryview(descriptors).cast("i"))
-        if not size:
-            self._hung_up()
-            return False
-        try:
-            for frame in self._frames.feed(memoryview(self._received)[:size]):
-                self._take(*frame)
-        except Nonsense:
-            self._hung_up()
-        return True
+        return frames is not None
 
-    def _take(self, number: int, what: str, *rest: Any) -> None:
+    def _take(self, link: Link, number: int, what: str, *rest: Any) -> None:
         if what == "ids":
             session, pairs = rest
             with self._mutex:
@@ -391,7 +302,7 @@ class Client:
         elif what == "ok":
             self._settle(number, rest[0], None)
         elif what == "region":
-            descriptor = self._descriptors.popleft()
+            descriptor = link.take_descriptor()
             if not self._settle(number, descriptor, None):
                 os.close(descriptor)
         else:
@@ -400,11 +311,9 @@ class Client:
     def _expire(self, now: float) -> None:
         """Give up what is late by a time after which everything was read."""
         with self._mutex:
-            late = [one for one in self._requests.values() if one.deadline <= now]
-            times = (one.deadline for one in self._requests.values() if one.deadline > now)
-            self._due = min(times, default=math.inf)
-            numbers = {one.number for one in late}
-            self._out = deque(item for item in self._out if item[0] not in numbers)
+            late = self._requests.late(now)
+            if self._link is not None:
+                self._link.withdraw({one.number for one in late})
         why = self._why()
         for request in late:
             error: EverpoolError
@@ -419,13 +328,13 @@ class Client:
 
     def _why(self) -> str:
         pid = self.pid if self._up else agent_pid(self._folder)
-        if self._socket is None and self.failure is not None:
+        if self._link is None and self.failure is not None:
             return self.failure.message
         if pid and is_stopped(pid):
             return f"the pool's agent (process {pid}) is stopped: continue it, or end it"
         if self._trouble:
             return f"the pool's log is out of reach ({self._trouble}): try again later"
-        if self._socket is None:
+        if self._link is None:
             return f"the pool's agent did not start in time: see {self._folder}/agent.log"
         return f"the pool's agent (process {pid}) has not answered in time: try again"
 
@@ -441,12 +350,10 @@ class Client:
         if link is None:
             self._attempt_at = time.monotonic() + _CONNECT_S
             return
-        link.setblocking(False)
         with self._mutex:
-            self._socket = link
-            self._frames = Frames()
+            self._link = Link(link)
             self._trouble = ""
-            self._put(_HELLO, pack(_HELLO, "hello", os.getpid(), *self._greet()))
+            self._link.put(_HELLO, pack(_HELLO, "hello", os.getpid(), *self._greet()))
 
     def _failed(self, error: EverpoolError) -> None:
         """There is no agent to be had: wait a little, and end what waiting would not help."""
@@ -457,23 +364,20 @@ class Client:
             return
         self._attempt_at = time.monotonic() + _HOPELESS_PAUSE_S
         with self._mutex:
-            left = list(self._requests.values())
+            left = list(self._requests)
         for request in left:
             if request.id is None:
                 self._settle(request.number, None, _copy(error))
 
     def _hung_up(self) -> None:
         """The agent is gone, and everything it said was read."""
-        link = self._socket
+        link = self._link
         assert link is not None
         self._poll.unregister(link)
         with self._mutex:
-            self._socket = None
+            self._link = None
             self._up = False
-            self._out.clear()
         link.close()
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
         self._asked = []
         self._attempt_at = time.monotonic() + self._pause_s - _CONNECT_S
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
@@ -493,10 +397,11 @@ class Client:
         self.failure = None
         self._moved = not self._welcome(answer)
         with self._mutex:
-            self._asked = [one for one in self._requests.values() if one.id is not None]
+            self._asked = [one for one in self._requests if one.id is not None]
             if self._asked:
                 ids = [list(one.id) for one in self._asked if one.id is not None]
-                self._put(_OUTCOMES, pack(_OUTCOMES, "outcomes", ids))
+                assert self._link is not None
+                self._link.put(_OUTCOMES, pack(_OUTCOMES, "outcomes", ids))
                 return
         self._resume()
 
@@ -524,16 +429,17 @@ class Client:
         self._pause_s = _CONNECT_S
         with self._mutex:
             self._up = True
-            for request in self._requests.values():
-                self._put(request.number, self._packed(request))
-            if self._out:
+            assert self._link is not None
+            for request in self._requests:
+                self._link.put(request.number, request.packed())
+            if self._link.wants_room:
                 self._nudge()
 
     def _leave(self) -> None:
         """The replica was begun anew: nothing that was asked of the old one is for the new one."""
         self._closing = True
         with self._mutex:
-            left = list(self._requests.values())
+            left = list(self._requests)
         for request in left:
             if request.verb == "commit":
                 words = "the pool's replica was begun anew while this was on its way: run it again"
@@ -545,8 +451,8 @@ class Client:
     def _end(self, error: EverpoolError) -> None:
         with self._mutex:
             self._closing = self._closed = True
-            left = list(self._requests.values())
-        if self._socket is not None:
+            left = list(self._requests)
+        if self._link is not None:
             self._hung_up()
         self._finder.give_up()
         for request in left:
@@ -560,12 +466,3 @@ class Client:
 def _copy(error: EverpoolError) -> EverpoolError:
     """Return an error of one's own: it gets a traceback."""
     return type(error)(error.message, **error.facts)
-
-
-def error_of(name: str, message: str, facts: dict[str, Any]) -> EverpoolError:
-    """Return the error that an agent reported."""
-    kind = getattr(errors, name, EverpoolError)
-    if kind is CommitUnknownError:
-        id = RecordId(bytes.fromhex(facts["session"]), facts["sequence"])
-        return CommitUnknownError(message, id=id)
-    return kind(message, **facts)

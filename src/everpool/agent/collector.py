@@ -4,10 +4,12 @@ Every agent may be one, and any number at once are harmless: what is let go of, 
 by `Collect` records in the log (see `everpool.collection`).
 
     make a checkpoint, where somebody waits for the collection
-    commit a record that says what is kept, upon which uploads from before are void
-    list the store; what is that old and is named by nothing in the newest state is dead
-    commit a record that says so; it tells what nothing needs any more
+    commit a record that says what is kept: uploads from before that are void
+    list the store; what began before that and is named by nothing in the newest state is dead
+    commit a record that says so; both tell what nothing needs any more
     delete that, and what of the log's archive only older versions need
+
+What is dead is looked for only behind the first record: until then, an old upload may be named.
 
 Whoever dies in between leaves objects that the next collection finds.
 """
@@ -22,7 +24,6 @@ from everpool.agent.host import Host
 from everpool.collection import (
     MOST_COLLECTED,
     Plan,
-    Unneeded,
     needed_spans,
     plan,
     unneeded,
@@ -53,15 +54,25 @@ class Progress:
         self.kept = 0
 
 
-class _Look(NamedTuple):
-    """The newest state, and what is to be kept from there on."""
-
+class _Planned(NamedTuple):
     state: State
+    manifest: Manifest
     places: list[Past]
     plan: Plan
-    live: set[str]
-    # Dead objects, with the versions between which they lived.
-    dead_before: dict[str, tuple[int, int]]
+
+    @property
+    def changed(self) -> bool:
+        """Whether less is to be kept than by now."""
+        return self.plan[:2] != (self.state.horizon.kept, self.state.horizon.start)
+
+
+class _Found(NamedTuple):
+    planned: _Planned
+    # Keys with their sizes: of dead objects, of those which were dead before and are needed no
+    # more, and of those for which that was decided already.
+    dead: dict[str, int]
+    gone: dict[str, int]
+    free: dict[str, int]
 
 
 class Collector:
@@ -79,81 +90,81 @@ class Collector:
         With `dry_run` nothing is changed, and `progress` tells what would be. Raises
         `UnavailableError` when the store or the log is away, or when somebody else was faster.
         """
-        look = self._look()
-        if look is None:
+        host = self._host
+        host.adopt()
+        free = [] if dry_run else self._void()
+        found = self._look(free, dry_run)
+        if found is None:
             return 0
-        if dry_run:
-            return self._tell(look)
-        progress = self.progress
-        first: dict[str, int] = {}
-        self._begin_at(look)
-        if look.plan.start > look.state.horizon.start:
-            # What this makes void is found dead in a state from behind it.
-            first.update(dict.fromkeys(self._decide(look, []), 0))
-            look = self._look()
-            assert look is not None, "there was a checkpoint"
-            self._begin_at(look)
-        found = self._compare(look, look.state.horizon.start, first)
-        self._delete(first.items())
-        progress.kept = look.plan.kept
+        progress, planned = self.progress, found.planned
+        progress.kept = planned.plan.kept
         progress.dead += len(found.dead)
         progress.dead_bytes += sum(found.dead.values())
-        left = list(found.dead)
-        changed = look.plan[:2] != (look.state.horizon.kept, look.state.horizon.start)
+        spans = needed_spans(planned.places, planned.plan)
+        if dry_run:
+            progress.deleted += len(found.gone)
+            progress.deleted_bytes += sum(found.gone.values())
+            for listed in host.log.garbage(spans):
+                progress.deleted += 1
+                progress.deleted_bytes += listed.size
+            return len(found.dead)
+        # New hosts must not begin with what is about to go.
+        position, manifest = planned.places[-1].position, planned.state.manifest
+        if position and host.log.end().start.decode() != manifest:
+            host.log.trim(position, manifest.encode())
+        self._delete(found.free.items())
+        left, changed = list(found.dead), planned.changed
         while left or found.gone or changed:
-            gone = self._decide(look, left[:MOST_COLLECTED])
+            gone = self._decide(planned, left[:MOST_COLLECTED])
             self._delete((key, found.gone.pop(key, 0)) for key in gone)
             left, changed = left[MOST_COLLECTED:], False
             if not gone:
                 found.gone.clear()  # it is needed again, or somebody else deletes it
-        spans = needed_spans(look.places, look.plan)
-        self._delete((listed.key, listed.size) for listed in self._host.log.garbage(spans))
+        self._delete((listed.key, listed.size) for listed in host.log.garbage(spans))
         return len(found.dead)
 
-    def _begin_at(self, look: _Look) -> None:
-        """Let new hosts not begin with what is about to go."""
-        log, newest = self._host.log, look.places[-1].position
-        if log.end().start.decode() != look.state.manifest and newest:
-            log.trim(newest, look.state.manifest.encode())
+    def _void(self) -> list[str]:
+        """Have it decided what is kept, and older uploads void; returns what may be deleted."""
+        with self._host.replica.index.env.begin(buffers=True) as txn:
+            planned = self._plan(txn)
+        if planned is None or not planned.changed:
+            return []
+        return self._decide(planned, [])
 
-    def _tell(self, look: _Look) -> int:
-        """Note what a collection would come to; returns how many objects would be dead."""
-        progress, found = self.progress, self._compare(look, look.plan.start, {})
-        progress.kept = look.plan.kept
-        progress.dead += len(found.dead)
-        progress.dead_bytes += sum(found.dead.values())
-        progress.deleted += len(found.gone)
-        progress.deleted_bytes += sum(found.gone.values())
-        for listed in self._host.log.garbage(needed_spans(look.places, look.plan)):
-            progress.deleted += 1
-            progress.deleted_bytes += listed.size
-        return len(found.dead)
-
-    def _look(self) -> _Look | None:
-        """Read the newest state; None without a checkpoint."""
+    def _plan(self, txn: lmdb.Transaction) -> _Planned | None:
+        """Return what is to be kept; None without a checkpoint."""
         host = self._host
-        host.adopt()
         index = host.replica.index
-        with index.env.begin(buffers=True) as txn:
-            state = index.state(txn)
-            if not state.manifest:
-                return None
-            if state.checkpoint != host.flushed:
-                raise UnavailableError("the newest checkpoint is not taken over yet: try again")
-            pins = [version for _, version, _ in index.pins(txn)]
-            dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
-            live = self._live(txn)
+        state = index.state(txn)
+        if not state.manifest:
+            return None
+        if state.checkpoint != state.flushed:
+            raise UnavailableError("the newest checkpoint is not taken over yet: try again")
+        pins = [pin.version for _, pin in index.pins(txn)]
         manifest = read_manifest(host.store, state.manifest)
         places = self._places(manifest, state.manifest)
-        live.update((state.manifest, *(run.key for run in manifest.runs)))
         planned = plan(places, pins, state.horizon, state.version, state.time_ns)
-        return _Look(state, places, planned, live, dead_before)
+        return _Planned(state, manifest, places, planned)
 
-    def _compare(self, look: _Look, start: int, let_go: dict[str, int]) -> Unneeded:
-        """List the store, and compare it with the newest state; `let_go` gets its sizes."""
-        return unneeded(self._listed(let_go), look.live, look.dead_before, start, look.plan)
+    def _look(self, free: list[str], dry_run: bool) -> _Found | None:
+        """List the store, and compare it with the newest state; None without a checkpoint."""
+        host = self._host
+        index = host.replica.index
+        with index.env.begin(buffers=True) as txn:
+            planned = self._plan(txn)
+            if planned is None:
+                return None
+            dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
+            live = self._live(txn, planned.state)
+        state, kept = planned.state, planned.plan
+        live.update((state.manifest, *(run.key for run in planned.manifest.runs)))
+        void = kept.start if dry_run else state.horizon.start
+        let_go = dict.fromkeys(free, 0)
+        found = unneeded(self._listed(let_go), live, dead_before, void, kept)
+        return _Found(planned, *found, let_go)
 
     def _listed(self, let_go: dict[str, int]) -> Iterator[tuple[str, int]]:
+        """Yield keys and sizes of what is in the store; `let_go` gets the sizes of its own."""
         for folder in _FOLDERS:
             for listed in self._host.store.list(folder):
                 self.progress.listed += 1
@@ -162,13 +173,13 @@ class Collector:
                 else:
                     yield listed.key, listed.size
 
-    def _live(self, txn: lmdb.Transaction) -> set[str]:
+    def _live(self, txn: lmdb.Transaction, state: State) -> set[str]:
         """Return the keys of all pages and values that the newest state names."""
         index = self._host.replica.index
         live = {key_of_value(file) for file in index.bulk_files(txn)}
         live.update(key_of_pages(read_page_row(row).segment) for row in index.page_rows(txn))
         # What was stored in memory since the checkpoint.
-        for _, row in index.tail_after(txn, self._host.flushed):
+        for _, row in index.tail_after(txn, state.flushed):
             for record in entry_of(row).records:
                 for operation in record.operations:
                     if isinstance(operation, Write) and isinstance(operation.payload, Reference):
@@ -176,20 +187,13 @@ class Collector:
         return live
 
     def _places(self, manifest: Manifest, key: str) -> list[Past]:
-        places = [*manifest.past, Past(manifest.version, manifest.time_ns, manifest.position, key)]
+        places = [*manifest.past, manifest.place(key)]
         return places if self._host.is_branch else [Past(0, 0, 0, ""), *places]
 
-    def _decide(self, look: _Look, dead: list[str]) -> list[str]:
+    def _decide(self, planned: _Planned, dead: list[str]) -> list[str]:
         """Commit a `Collect`; returns the keys of what may be deleted."""
-        state, planned = look.state, look.plan
-        operation = Collect(
-            state.version,
-            state.checkpoint,
-            planned.kept,
-            planned.start,
-            planned.islands,
-            dead,
-        )
+        state = planned.state
+        operation = Collect(state.version, state.checkpoint, *planned.plan, dead)
         result = self._commit(Record(state.version, [], [], [], [operation]))
         if result.verdict is not Verdict.COMMITTED:
             raise UnavailableError(f"nothing more was collected: {result.detail}: try again")

@@ -9,14 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import lmdb
-
 from everpool.agent.commits import Commit
+from everpool.agent.failures import told
 from everpool.agent.frames import Frames, Nonsense, pack
-from everpool.errors import CommitUnknownError, EverpoolError
-from everpool.records import RecordId, decode_record
+from everpool.errors import EverpoolError
+from everpool.records import decode_record
 from everpool.replica.batch import Result
-from everpool.replica.index import ours
 
 if TYPE_CHECKING:
     from everpool.agent.server import Server
@@ -64,7 +62,7 @@ class Connection:
 
     def refuse(self, number: int, error: BaseException) -> None:
         """Say why something has failed."""
-        self.say(number, "error", *_told(error))
+        self.say(number, "error", *told(error))
 
     # What it asks
 
@@ -176,17 +174,3 @@ class Connection:
         with self._sending:
             self._draining = False
         self._server.commits.look_again()
-
-
-def _told(error: BaseException) -> tuple[str, str, dict[str, Any]]:
-    """Return an error's class, message and facts, as far as they can be sent."""
-    if isinstance(error, (OSError, lmdb.Error)):
-        error = ours(error, "asking the pool's agent")
-    if not isinstance(error, EverpoolError):
-        return "UnavailableError", f"the pool's agent failed: {error!r}", {}
-    facts = {
-        name: fact for name, fact in error.facts.items() if isinstance(fact, str | int | float)
-    }
-    if isinstance(error, CommitUnknownError) and isinstance(error.id, RecordId):
-        facts["session"], facts["sequence"] = error.id.session.hex(), error.id.sequence
-    return type(error).__name__, error.message, facts

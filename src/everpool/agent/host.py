@@ -8,6 +8,7 @@ The folder of a pool on a host:
     agent.log       what agents said on their stderr
     start.lock      held by a client that starts an agent
     clients/PID     a process that has, or had, the pool open
+    past/           replicas of the past, each of one process (see `scratch`)
     REPLICA/        the replica: `index/`, `shared`, `values/`, `staging/`; its name is random
 
 A replica counts under the boot in which it was made, and while the log agrees with it. Otherwise
@@ -31,6 +32,7 @@ from msgspec.structs import replace
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
 from everpool.agent.values import CachedValues
+from everpool.collection import upload_version
 from everpool.errors import (
     CorruptionError,
     EverpoolError,
@@ -81,7 +83,10 @@ class Host:
         self._pool = pool
         # Why the log cannot be reached, as far as is known.
         self.trouble = ""
-        # Held while an entry is played or a block is published.
+        # Held by the one thread that reads the log and plays what it reads, so that each entry is
+        # read once, and played once and in order. It may wait for the network.
+        self._reading = threading.RLock()
+        # Held while one entry is played or a block is published. Taken behind `_reading`.
         self.playing = threading.RLock()
         self._downloads: dict[str, threading.Lock] = {}
         self._downloading = threading.Lock()
@@ -112,7 +117,7 @@ class Host:
 
     def close(self) -> None:
         """Close the replica; it stays for the next agent."""
-        with self.playing:
+        with self._reading, self.playing:
             self.blocks.close()
             self.replica.close()
         self.log.close()
@@ -125,7 +130,7 @@ class Host:
 
         Does not return when the log is not the one that was played: see `leave`.
         """
-        with self.playing:
+        with self._reading:
             while True:
                 items = self._asked(self._read)
                 if not items:
@@ -136,16 +141,8 @@ class Host:
                         )
                     return
                 for item in items:
-                    try:
+                    with self.playing:
                         self._play(item)
-                    except (CorruptionError, NotFoundError) as error:
-                        self._check_trimmed(item, error)
-                        raise
-
-    def _check_trimmed(self, item: Appended, error: EverpoolError) -> None:
-        """Leave when an entry cannot be played that nobody plays any more who begins now."""
-        if item.position <= self._asked(self.log.end).trimmed:
-            self.leave(f"what the trimmed entry {item.position} needs was collected: {error}")
 
     def _read(self) -> list[Appended]:
         """Return what comes next, also when it was trimmed before it was played here."""
@@ -161,9 +158,10 @@ class Host:
     def _play(self, item: Appended) -> None:
         try:
             played = self.player.play(item.position, item.time_ns, item.entry, self._flushed)
-        except CorruptionError as error:
+        except (CorruptionError, NotFoundError) as error:
             if "base" in error.facts and not self._is_new:
                 self.leave(error.message)
+            self._leave_when_behind(error)
             raise
         self.blocks.note(self.version, played.batch.applied)
         self._position = item.position
@@ -174,6 +172,15 @@ class Host:
         if played.entry.session == self._session:
             for result in played.results:
                 self._results.setdefault(result.id, result)
+
+    def _leave_when_behind(self, error: EverpoolError) -> None:
+        """Leave when what cannot be played is older than what new hosts begin with.
+
+        What it takes may have been collected, also while the log still has it.
+        """
+        start = self._asked(self.log.end).start.decode()
+        if upload_version(start) > self.version:
+            self.leave(f"new hosts begin with {start}, and {error.message}")
 
     def append(self, entry: bytes) -> int:
         """Append to the log; returns the position."""
@@ -282,11 +289,11 @@ class Host:
 
     def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
         """Bring blocks of memory in; see `BlockMemories.fill`."""
+        before = self._flushed
         try:
             self.blocks.fill(id, ranges)
         except CorruptionError:
-            # Pages of an old checkpoint may have been collected.
-            before = self._flushed
+            # What an old checkpoint and the entries behind it take may have been collected.
             self.sync()
             self.adopt()
             if self._flushed == before:
@@ -357,8 +364,16 @@ class Host:
         """Make a new replica, from the checkpoint that the log begins at."""
         if self._pool is None:
             raise UnavailableError("there is no replica yet, and the pool is out of reach")
-        start = self._asked(self.log.end).start.decode() or self._start
-        return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, start)
+        start = self._asked(self.log.end).start.decode()
+        while True:
+            first = start or self._start
+            try:
+                return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, first)
+            except NotFoundError:
+                # Others have made checkpoints since, and collected this one.
+                before, start = start, self._asked(self.log.end).start.decode()
+                if start == before:
+                    raise
 
     def _open(self, path: Path) -> None:
         page = SharedPage(path / "shared", writable=False)
@@ -450,11 +465,10 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
-            # What the parent has let go of, and its objects, are the parent's business.
             version = manifest.version
-            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
-            for key in [key for key, _, _ in index.garbage(txn)]:
-                index.drop_garbage(txn, key)
+            state.horizon = replace(
+                state.horizon, kept=version, start=version, restored=0, voided=version
+            )
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version

@@ -9,10 +9,7 @@ from everpool.agent.host import Host
 from everpool.errors import EverpoolError, UnavailableError
 from everpool.records import Fence, Operation, Record, RecordId
 from everpool.replica.batch import Result
-from everpool.replica.effects import entry_of
-from everpool.replica.index import Index
-from everpool.replica.outcomes import Outcome, forgotten
-from everpool.verdict import VOID, Verdict
+from everpool.replica.outcomes import Outcome, decided, forgotten
 
 _PATIENCE_S = 30.0
 _FENCES = 4096
@@ -70,35 +67,3 @@ class _Own:
     def refuse(self, number: int, error: EverpoolError) -> None:
         self.error = error
         self.done.set()
-
-
-def decided(index: Index, ids: Sequence[RecordId]) -> dict[RecordId, Outcome]:
-    """Return what became of those records that the tail still has."""
-    found: dict[RecordId, Outcome] = {}
-    wanted: dict[bytes, set[int]] = {}
-    for id in ids:
-        wanted.setdefault(id.session, set()).add(id.sequence)
-    with index.read() as txn:
-        for _, row in index.tail_backwards(txn):
-            if not wanted:
-                break
-            entry = entry_of(row)
-            sequences = wanted.get(entry.session)
-            if sequences is None:
-                continue
-            for at, outcome in enumerate(row.outcomes):
-                sequence = entry.first_sequence + at
-                if sequence not in sequences:
-                    continue
-                if outcome.verdict == Verdict.COMMITTED:
-                    old = [resolved.old for resolved in outcome.resolved if resolved.old]
-                    state: Outcome = "committed", row.first_version + at, old
-                elif outcome.verdict in VOID and outcome.verdict != Verdict.FENCED:
-                    continue  # void where it stands: it may have been decided elsewhere
-                else:
-                    state = "aborted", None, []
-                found[RecordId(entry.session, sequence)] = state
-                sequences.discard(sequence)
-            if not sequences:
-                del wanted[entry.session]
-    return found

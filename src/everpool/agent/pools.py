@@ -2,7 +2,9 @@
 
 Under the key `everpool.json` there is a JSON object: `format` (1), `id` (a UUID), and for a branch
 `parent`, the URL of the pool that it shares segments with, and `start`, the manifest that it began
-with.
+with. A backup has a `start`, too, and in `backup` the id of the pool that it is one of, which goes
+when the backup is opened for writing: from then on it is a pool like any other. Where there is the
+past of a pool at a path, `began` is the version since which it is kept.
 """
 
 import contextlib
@@ -19,11 +21,11 @@ from everpool.errors import (
     NotFoundError,
 )
 from everpool.replica.layout import no_pool
-from everpool.store import Data, Listed, Object, Store, open_store
+from everpool.store import Data, Listed, Object, Store, open_store, without_secrets
 
 MARKER = "everpool.json"
 _FORMAT = 1
-_SHARED = ("checkpoints/", "index/", "pages/", "values/")
+SHARED = ("checkpoints/", "index/", "pages/", "values/")
 _MOST_PARENTS = 32
 
 
@@ -34,6 +36,8 @@ class Marker(msgspec.Struct, omit_defaults=True):
     id: str
     parent: str = ""
     start: str = ""
+    backup: str = ""
+    began: int = -1
 
     def pool(self) -> bytes:
         """Return the pool's id."""
@@ -62,6 +66,26 @@ def read_marker(store: Store, where: str) -> Marker:
     return marker
 
 
+def claim(store: Store, where: str, marker: Marker, *, read_only: bool) -> Marker:
+    """Return the marker of a pool that is about to be opened.
+
+    A backup that is opened for writing becomes a pool of its own, which no later backup replaces.
+    Raises `InvalidError` for the past of a pool at a path.
+    """
+    if marker.began >= 0:
+        raise InvalidError(
+            f"{where} is the past of a pool at a path: open that pool, the folder above it"
+        )
+    while marker.backup and not read_only:
+        found = store.get(MARKER)
+        marker = read_marker(store, where)
+        ours = msgspec.structs.replace(marker, backup="")
+        with contextlib.suppress(ConflictError):  # another backup came, or somebody else
+            store.swap(MARKER, msgspec.json.encode(ours), found.e_tag)
+            return ours
+    return marker
+
+
 def create_marker(store: Store, where: str) -> Marker:
     """Make a pool where there is none; returns what is said of the one that is there."""
     try:
@@ -84,6 +108,23 @@ def _write(store: Store, marker: Marker) -> None:
     store.swap(MARKER, msgspec.json.encode(marker), None)
 
 
+def begin_marker(store: Store, pool: bytes, began: int) -> None:
+    """Say that there is the past of a pool at a path, since a version; harmless when it is said."""
+    with contextlib.suppress(ConflictError):
+        _write(store, Marker(_FORMAT, str(uuid.UUID(bytes=pool)), began=began))
+
+
+def put_backup(store: Store, pool: bytes, of: bytes, start: str, e_tag: str | None) -> None:
+    """Say that there is a backup of a pool, all of whose parts are there.
+
+    It replaces the marker with the tag. Raises `ConflictError` when there is another one by now.
+    """
+    marker = Marker(
+        _FORMAT, str(uuid.UUID(bytes=pool)), start=start, backup=str(uuid.UUID(bytes=of))
+    )
+    store.swap(MARKER, msgspec.json.encode(marker), e_tag)
+
+
 def open_pool_store(url: str, marker: Marker | None = None) -> Store:
     """Return the store of the pool at a URL, behind which those of its parents stand.
 
@@ -92,13 +133,13 @@ def open_pool_store(url: str, marker: Marker | None = None) -> Store:
     store = open_store(url)
     stores = [store]
     try:
-        where = url.partition("?")[0]
+        where = without_secrets(url)
         known = read_marker(store, where) if marker is None else marker
         while known.parent:
             if len(stores) > _MOST_PARENTS:
                 raise CorruptionError(f"the branches at {where} form a circle")
             stores.append(open_store(known.parent))
-            known = read_marker(stores[-1], known.parent.partition("?")[0])
+            known = read_marker(stores[-1], without_secrets(known.parent))
     except BaseException:
         for opened in stores:
             opened.close()
@@ -128,7 +169,7 @@ class SharingStore:
         return self._having(key)[-1].get_ranges(key, ranges)
 
     def _having(self, key: str) -> Sequence[Store]:
-        return self._stores if key.startswith(_SHARED) else self._stores[:1]
+        return self._stores if key.startswith(SHARED) else self._stores[:1]
 
     def get_if_changed(self, key: str, e_tag: str) -> Object | None:
         """Return an object of the pool's own, unless it has that tag."""

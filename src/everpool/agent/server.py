@@ -24,6 +24,7 @@ from typing import Any
 from everpool.agent.collector import Collector
 from everpool.agent.commits import Commits, ending_the_process
 from everpool.agent.connection import Connection
+from everpool.agent.failures import leave_failure
 from everpool.agent.host import LOG, Host, folder_name
 from everpool.agent.outcomes import commit, settle
 from everpool.agent.pools import Marker, open_pool_store, read_marker
@@ -40,7 +41,7 @@ from everpool.log.bucket import BucketLog
 from everpool.records import Record, RecordId, Reference
 from everpool.replica.batch import Result
 from everpool.replica.index import translated
-from everpool.store import open_store
+from everpool.store import open_store, without_secrets
 
 IDLE_S = float(os.environ.get("EVERPOOL_AGENT_IDLE_S", "10"))
 # How often the store is looked through for what nothing needs.
@@ -379,7 +380,7 @@ def _marker(folder: Path, url: str) -> Marker | None:
 
     Raises `ClosedError` when there is another pool by now, which others have a folder for.
     """
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     try:
         with contextlib.closing(open_store(url)) as store:
             marker = read_marker(store, where)
@@ -414,8 +415,7 @@ def main() -> None:
                 Server(folder, url, lock).serve()
     except EverpoolError as error:
         print(f"everpool agent: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            (folder / "agent.error").write_text(f"{type(error).__name__}\n{error}")
+        leave_failure(folder, error)
         raise SystemExit(1) from None
 
 

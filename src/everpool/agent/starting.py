@@ -9,8 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from everpool import errors
-from everpool.errors import EverpoolError, UnavailableError
+from everpool.agent.failures import failure_in, forget_failure
 from everpool.replica.index import translated
 
 # So long somebody else may be about to start an agent.
@@ -57,17 +56,16 @@ class Finder:
                 return
             failed = self._process.poll() != 0
             self._process = None
-            failure = _failure(self._folder) if failed else None
-            if failure is not None:
+            if failed:
                 self.give_up()
-                raise failure
+                raise failure_in(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         now = time.monotonic()
         if not self._since:
             self._since = now
         if self._lock < 0 and not self._lock_start() and now < self._since + _STARTER_S:
             return
-        (self._folder / "agent.error").unlink(missing_ok=True)
+        forget_failure(self._folder)
         self._process = start(self._folder, self._url)
 
     def _lock_start(self) -> bool:
@@ -80,19 +78,6 @@ class Finder:
             return False
         self._lock = lock
         return True
-
-
-def _failure(folder: Path) -> EverpoolError | None:
-    """Return what kept the agent from starting, when it could say so."""
-    try:
-        name, _, message = (folder / "agent.error").read_text().partition("\n")
-    except FileNotFoundError:
-        return UnavailableError(f"the pool's agent ended at once: see {folder}/agent.log")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, EverpoolError):
-        with contextlib.suppress(TypeError):
-            return kind(message)
-    return UnavailableError(message)
 
 
 def _try(folder: Path) -> tuple[socket.socket | None, bool]:
@@ -168,10 +153,3 @@ def agent_pid(folder: Path) -> int:
     with contextlib.suppress(OSError, ValueError):
         return int((folder / "agent.lock").read_text())
     return 0
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process was stopped by a signal or a debugger."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-    return False

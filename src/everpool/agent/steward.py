@@ -36,7 +36,7 @@ from everpool.segments.checkpoints import (
     write_pages,
     write_runs,
 )
-from everpool.segments.format import Manifest, Page, Past, Row, Run
+from everpool.segments.format import Manifest, Page, Row, Run
 from everpool.verdict import Add, Bind, BindMemory, SetHorizon, Store, Unbind, Verdict
 
 # A checkpoint is due when this much was committed since the last one.
@@ -96,8 +96,8 @@ class Steward:
             for (place, last, _), page in zip(rest, places, strict=True):
                 pages[place] = (last, page)
             runs = self._write_runs(txn, state, previous, pages)
-            pins = [version for _, version, _ in host.replica.index.pins(txn)]
-        past = [] if previous is None else [*previous.past, _past_of(previous, before.manifest)]
+            pins = [pin.version for _, pin in host.replica.index.pins(txn)]
+        past = [] if previous is None else [*previous.past, previous.place(before.manifest)]
         manifest = Manifest(
             state.pool,
             state.version,
@@ -210,7 +210,3 @@ class Steward:
                 if isinstance(effect, (Bind, Store)) and isinstance(effect.payload, Reference):
                     changed.garbage.add(key_of_value(effect.payload.file))
         return changed
-
-
-def _past_of(manifest: Manifest, key: str) -> Past:
-    return Past(manifest.version, manifest.time_ns, manifest.position, key)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 import everpool
-from everpool.cli import copying, objects, past, trees, watching
+from everpool.cli import copying, keeping, objects, past, trees, watching
 from everpool.cli.boundary import (
     Example,
     add_command,
@@ -58,6 +58,7 @@ objects.register(app)
 trees.register(app)
 copying.register(app)
 past.register(app)
+keeping.register(app)
 watching.register(app)
 
 _FORWARD: dict[str, Any] = {

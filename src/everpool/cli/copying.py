@@ -1,16 +1,14 @@
 """The command that carries objects from one pool to another: copy."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 import everpool
 from everpool.cli.boundary import FAILED, Example, add_command
-from everpool.cli.describe import MEMORY, MEMORY_ARRAY, describe
+from everpool.cli.costs import Plan
 from everpool.cli.opening import AsJson, folder_of, is_url, open_to_read, open_to_write
 from everpool.cli.terminal import (
     Meter,
@@ -19,8 +17,7 @@ from everpool.cli.terminal import (
     meter,
     print_json,
     print_line,
-    printable,
-    say,
+    say_each,
 )
 from everpool.cli.transfer import (
     BATCH_BYTES,
@@ -32,12 +29,6 @@ from everpool.cli.transfer import (
     names_to_copy,
 )
 from everpool.errors import CorruptionError, InvalidError, NotFoundError
-
-# How large values and memory travel: see `everpool.store` and `everpool.cli.files`.
-_INLINE_BYTES = 64 << 10
-_PART_BYTES = 8 << 20
-_PIECE_BYTES = 4 << 20
-_OPENING_REQUESTS = 10
 
 _WHERE = "A pool's folder or URL: s3://, gs://, az:// or file:///."
 
@@ -82,7 +73,7 @@ def copy(
         raise InvalidError(f"{source} and {target} are one pool: name another destination")
     with open_to_read(source) as opened:
         if dry_run:
-            _print_plan(opened, source, target, prefix, as_json)
+            _plan(opened, source, target, prefix).show("copy", as_json)
             return
         result = Copied(source, target)
         with open_to_write(target, create=True) as into, meter() as bar:
@@ -113,10 +104,8 @@ def _compare(
 
 
 def _print_result(result: Copied, as_json: bool) -> None:
-    for name, reason in result.left_out.items():
-        say(f"[red]left out:[/red] {escape(printable(name))}: {escape(reason)}")
-    for name, reason in result.differs.items():
-        say(f"[red]differs:[/red] {escape(printable(name))}: {escape(reason)}")
+    say_each("left out", result.left_out)
+    say_each("differs", result.differs)
     if as_json:
         print_json(asdict(result))
         return
@@ -128,69 +117,32 @@ def _print_result(result: Copied, as_json: bool) -> None:
     print_line(line)
 
 
-# What it would cost
-
-
-@dataclass
-class _Requests:
-    """About how many requests of each kind a copy makes of the two buckets, if they are such."""
-
-    put: int = 0
-    get: int = 0
-
-
-def _print_plan(
-    source: everpool.Pool, source_url: str, target: str, prefix: str, as_json: bool
-) -> None:
+def _plan(source: everpool.Pool, source_url: str, target: str, prefix: str) -> Plan:
+    """Return what a copy would carry, and about what it would cost."""
+    plan = Plan()
+    requests = plan.requests
+    requests.open(source_url)
+    requests.open(target)
     there = _names_there(target, prefix)
-    requests = _Requests()
-    objects: list[dict[str, Any]] = []
     batch = batch_bytes = 0
-    for facts in _plan(source, prefix):
-        size: int = facts["bytes"]
-        memory = facts["kind"] in (MEMORY, MEMORY_ARRAY)
-        if is_url(source_url) and (memory or size > _INLINE_BYTES):
-            requests.get += _pieces(size, _PIECE_BYTES)
+    for item in plan.items(source, names_to_copy(source, prefix)):
+        exists = item.name in there
+        if is_url(source_url):
+            requests.read(item)
         if is_url(target):
-            if memory:
-                requests.put += 1 if size <= ONE_COMMIT_BYTES else 2 + 2 * _pieces(size)
-            elif size > _INLINE_BYTES:
-                parts = _pieces(size, _PART_BYTES)
-                requests.put += parts if parts == 1 else parts + 2
-            if facts["name"] in there:
-                requests.get += _pieces(size)
-        if is_url(target) and not memory:
-            requests.put += batch == 0
-            batch, batch_bytes = batch + 1, batch_bytes + size
-            if batch >= BATCH_OBJECTS or batch_bytes >= BATCH_BYTES:
-                batch = batch_bytes = 0
-        objects.append({**facts, "exists": facts["name"] in there})
-        if not as_json:
-            mark = "compare" if facts["name"] in there else "new"
-            print_line(f"{mark:<8} {human_size(size):>10}  {printable(facts['name'])}")
-    requests.get += _OPENING_REQUESTS * (is_url(source_url) + is_url(target))
-    total = sum(entry["bytes"] for entry in objects)
-    if as_json:
-        print_json({"objects": objects, "bytes": total, "requests": asdict(requests)})
-        return
-    print_line(f"would copy {count(len(objects), 'object')}, {human_size(total)}")
-    if is_url(source_url) or is_url(target):
-        print_line(f"about {requests.put:,} PUT and {requests.get:,} GET requests")
-
-
-def _plan(source: everpool.Pool, prefix: str) -> Iterator[dict[str, Any]]:
-    for name in names_to_copy(source, prefix):
-        try:
-            facts = describe(name, source[name])
-            size = facts["size"]
-            if facts["kind"] in (MEMORY, MEMORY_ARRAY):
-                size = sum(length for _, length in source.memory(name).extents())
-        except CorruptionError as error:
-            say(f"[red]left out:[/red] {escape(printable(name))}: {escape(str(error))}")
-            continue
-        except NotFoundError:
-            continue  # deleted since the names were read
-        yield {"name": name, "kind": facts["kind"], "bytes": size}
+            if exists:
+                requests.read(item)
+            if item.is_memory:
+                whole = item.bytes <= ONE_COMMIT_BYTES
+                requests.put += 1 if whole else 2 + 2 * -(-item.bytes // ONE_COMMIT_BYTES)
+            else:
+                requests.upload(item)
+                requests.put += batch == 0
+                batch, batch_bytes = batch + 1, batch_bytes + item.bytes
+                if batch >= BATCH_OBJECTS or batch_bytes >= BATCH_BYTES:
+                    batch = batch_bytes = 0
+        plan.add(item, "compare" if exists else "new", exists=exists)
+    return plan
 
 
 def _names_there(target: str, prefix: str) -> set[str]:
@@ -199,7 +151,3 @@ def _names_there(target: str, prefix: str) -> set[str]:
             return set(opened.names(prefix))
     except NotFoundError:
         return set()
-
-
-def _pieces(size: int, piece_bytes: int = _PIECE_BYTES) -> int:
-    return -(-size // piece_bytes)

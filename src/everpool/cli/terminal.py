@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -93,6 +94,12 @@ def spinner(what: str) -> Generator[None, None, None]:
 def say(markup: str) -> None:
     """Print a message for people on stderr; never wrapped, so that scripts can match its lines."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(markup)
+
+
+def say_each(what: str, reasons: dict[str, str], colour: str = "red") -> None:
+    """Print a message for each of several names: what is with it, and why."""
+    for name, reason in reasons.items():
+        say(f"[{colour}]{what}:[/{colour}] {escape(printable(name))}: {escape(reason)}")
 
 
 def print_line(text: str) -> None:

@@ -7,10 +7,19 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+import everpool
 from everpool.cli.boundary import FAILED, Example, add_command
+from everpool.cli.costs import Plan
 from everpool.cli.exporting import export_pool
 from everpool.cli.importing import import_tree
-from everpool.cli.opening import AsJson, PoolPath, folder_of, open_to_read, open_to_write
+from everpool.cli.opening import (
+    AsJson,
+    PoolPath,
+    folder_of,
+    is_url,
+    open_to_read,
+    open_to_write,
+)
 from everpool.cli.terminal import (
     count,
     human_size,
@@ -19,6 +28,7 @@ from everpool.cli.terminal import (
     print_line,
     printable,
     say,
+    say_each,
 )
 from everpool.errors import InvalidError
 
@@ -57,8 +67,7 @@ def import_(
         )
     for name in result.as_bytes:
         say(f"[yellow]kept as bytes:[/yellow] {escape(printable(name))} is no plain .npy array")
-    for name, reason in result.left_out.items():
-        say(f"[yellow]left out:[/yellow] {escape(printable(name))}: {escape(reason)}")
+    say_each("left out", result.left_out, "yellow")
     if as_json:
         print_json(asdict(result))
         return
@@ -71,6 +80,7 @@ def import_(
 _EXPORT_EXAMPLES = (
     Example("the whole pool as files", "everpool export ./pool ./copy"),
     Example("the names that begin so", "everpool export ./pool ./scans --prefix scans/"),
+    Example("what it would write, and about how many requests", "everpool export ./pool ./copy -n"),
     Example("while others write without pause", "everpool export ./pool ./rough --live"),
 )
 
@@ -80,6 +90,9 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")],
     prefix: Annotated[str, typer.Option(help="Only names that begin so.")] = "",
     force: Annotated[bool, typer.Option("--force", help="DIR may hold files.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "-n", help="Write nothing; list names, bytes, requests.")
+    ] = False,
     live: Annotated[
         bool, typer.Option("--live", help="Take each object as it is when its turn comes.")
     ] = False,
@@ -92,15 +105,22 @@ def export(
     DIR/manifest.json maps every name to its file, kind, size and SHA-256. Names that are no safe
     paths are escaped; nothing is ever written outside DIR.
 
-    An interrupted export is finished by running it again.
+    An interrupted export is finished by running it again. Of a pool at a URL it first says about
+    how many requests it makes, and how many bytes leave the bucket.
     """
     own = folder_of(pool)
     if own is not None and folder.resolve().is_relative_to(own):
         raise InvalidError(f"{folder} is inside the pool: export to a folder of its own")
-    with open_to_read(pool) as opened, meter() as bar:
-        result = export_pool(opened, folder, prefix=prefix, force=force, live=live, meter=bar)
-    for name, detail in result.damaged.items():
-        say(f"[red]damaged:[/red] {escape(printable(name))}: {escape(detail)}")
+    with open_to_read(pool) as opened:
+        if dry_run or is_url(pool):
+            plan = _export_plan(opened, pool, prefix)
+            if dry_run:
+                plan.show("export", as_json)
+                return
+            say(plan.requests.in_words())
+        with meter() as bar:
+            result = export_pool(opened, folder, prefix=prefix, force=force, live=live, meter=bar)
+    say_each("damaged", result.damaged)
     if as_json:
         print_json(asdict(result))
     else:
@@ -108,3 +128,13 @@ def export(
         print_line(f"exported {what}, to {folder}")
     if result.damaged:
         raise typer.Exit(FAILED)
+
+
+def _export_plan(opened: everpool.Pool, pool: str, prefix: str) -> Plan:
+    plan = Plan()
+    plan.requests.open(pool)
+    for item in plan.items(opened, opened.names(prefix)):
+        if is_url(pool):
+            plan.requests.read(item)
+        plan.add(item, "write")
+    return plan

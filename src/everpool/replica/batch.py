@@ -17,6 +17,7 @@ from everpool.replica.index import (
     Index,
     MemoryRow,
     NameRow,
+    PinRow,
     Resolved,
     State,
     TailRow,
@@ -107,7 +108,7 @@ class Batch:
         return known[session]
 
     def pins(self) -> dict[str, int]:
-        return {name: version for name, version, _ in self._index.pins(self.txn)}
+        return {name: pin.version for name, pin in self._index.pins(self.txn)}
 
     def apply(self, version: int, effect: Effect) -> Resolved:
         """Put one effect into the index; returns what it came to."""
@@ -139,7 +140,7 @@ class Batch:
         self._bind(name, _value_row(effect.id, version, effect.payload))
         if isinstance(effect.payload, Reference):
             self._revive(effect.payload)
-        return Resolved(effect.id, effect.replaced, _file_of(old))
+        return Resolved(effect.id, effect.replaced, self._removed(old))
 
     def _add(self, version: int, effect: Add) -> Resolved:
         id, offset, delta = effect.id, effect.offset, effect.delta
@@ -165,7 +166,7 @@ class Batch:
                 self._bind(name, NameRow(MEMORY, id, version, size, header))
                 return Resolved(id)
             case Unbind(name, id, size):
-                file = _file_of(self._row(name))
+                file = self._removed(self._row(name))
                 self.state.names -= 1
                 self._bind(name, None)
                 if size >= 0:
@@ -180,8 +181,9 @@ class Batch:
             case SetCheckpoint(checkpoint, key):
                 self.state.checkpoint, self.state.manifest = checkpoint, key
                 return Resolved()
-            case SetPin(name, pinned):
-                self._index.put_pin(self.txn, name, pinned, self.time_ns)
+            case SetPin(name, pinned, until_ns, lock):
+                pin = PinRow(pinned, self.time_ns, until_ns, lock)
+                self._index.put_pin(self.txn, name, pin if pinned >= 0 else None)
                 return Resolved(0, max(pinned, 0))
             case SetFence(session, state):
                 if state is not None:
@@ -193,6 +195,16 @@ class Batch:
                 return Resolved() if record is None else self._collect(version, horizon, record)
             case _:
                 raise AssertionError(f"no such effect: {effect}")
+
+    def _removed(self, row: NameRow | None) -> str:
+        """Return the file to remove when a row goes; "" for none, or none before the tail's row."""
+        if row is None or row.kind != BULK:
+            return ""
+        file = row.reference().file
+        if self._replica.bulk.keeps_past():
+            self.garbage.append(file)
+            return ""
+        return file
 
     def _collect(self, version: int, horizon: Horizon, record: Collect) -> Resolved:
         """Note what is dead, and forget what nothing needs; the result has the latter's keys."""
@@ -336,7 +348,3 @@ def _without_value(row: NameRow) -> NameRow:
     """Return the row to keep: no inline value, no bytes that lie in a page which may move."""
     kind, id, version, size, body = row
     return NameRow(kind, id, version, size, b"" if kind == INLINE else bytes(body))
-
-
-def _file_of(row: NameRow | None) -> str:
-    return row.reference().file if row is not None and row.kind == BULK else ""

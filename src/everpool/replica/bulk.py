@@ -11,10 +11,14 @@ A bulk file holds (integers are little-endian; n is the number of blocks):
 A file is written to `staging/`, made durable there, and moved to `values/` once a record that
 names it is durable. What lies in `staging/` without a record is garbage: its writer holds a lock
 (flock) on it, so who finds one without that lock may delete it, under the writer's lock.
+
+A pool that keeps a past (see `everpool.past`) has the files that only its past needs in
+`past/values/`. A file is linked there before it is removed here.
 """
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -30,6 +34,11 @@ from everpool.errors import CorruptionError, InvalidError
 from everpool.records import Reference
 
 BLOCK_BYTES = 1 << 20
+# What says that a pool keeps a past, and where its values are, below the pool's folder.
+PAST_MARKER = Path("past", "everpool.json")
+PAST_VALUES = Path("past", "values")
+# Where a hard link cannot be had: another disk, no such thing there, or too many already.
+UNLINKABLE = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS})
 _MAGIC = b"EVBULK\0"
 _FORMAT = 1
 _FOOTER = struct.Struct("<7sBIIQ16s")
@@ -62,6 +71,8 @@ class BulkFiles:
     def __init__(self, folder: Path) -> None:
         self._staging = folder / "staging"
         self._values = folder / "values"
+        self._past_marker = folder / PAST_MARKER
+        self._past_values = folder / PAST_VALUES
         self._maps: weakref.WeakValueDictionary[str, mmap.mmap] = weakref.WeakValueDictionary()
 
     def folders(self) -> tuple[Path, Path]:
@@ -93,7 +104,7 @@ class BulkFiles:
         """Return the name of a new staged file and a descriptor that holds its lock."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         while True:
-            name = uuid.uuid4().hex
+            name = _new_name()
             descriptor = os.open(self._staging / name, flags, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if os.fstat(descriptor).st_nlink:
@@ -104,6 +115,42 @@ class BulkFiles:
         """Delete a staged file that no record will name."""
         (self._staging / staged.reference.file).unlink(missing_ok=True)
         staged.release()
+
+    def keeps_past(self) -> bool:
+        """Whether what is replaced has to stay until its record is archived."""
+        return self._past_marker.exists()
+
+    def stage_again(self, reference: Reference) -> Staged:
+        """Store a value of the pool, or of its past, once more, for another record to name.
+
+        A name is bound by one record and removed by another, so each has a file of its own. Where
+        the disk has hard links, no bytes are copied. Raises `FileNotFoundError`.
+        """
+        while True:
+            name = _new_name()
+            path = self._staging / name
+            try:
+                os.link(self.find(reference.file), path)
+            except OSError as error:
+                if error.errno not in UNLINKABLE:
+                    raise
+                mapped = map_at(self.find(reference.file), reference)
+                return self.stage([memoryview(mapped)[: reference.size]], reference.size)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # The lock is on the file, whatever its name: others may have staged it again, too.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if path.exists():
+                sync_folder(self._staging)
+                return Staged(Reference(name, reference.size, reference.checksum), descriptor)
+            os.close(descriptor)  # swept before it was locked
+
+    def find(self, file: str) -> Path:
+        """Return where a file of the pool, or of its past, is; raises `FileNotFoundError`."""
+        for _ in range(2):  # it may be on its way from one to the next
+            for folder in (self._values, self._staging, self._past_values):
+                if (folder / file).exists():
+                    return folder / file
+        raise FileNotFoundError(errno.ENOENT, "this value is missing", file)
 
     def publish(self, reference: Reference) -> None:
         """Move the file of a durable record to its place. May be repeated."""
@@ -168,6 +215,22 @@ class BulkFiles:
             return map_file(descriptor, reference)
         finally:
             os.close(descriptor)
+
+
+def _new_name() -> str:
+    """Return a name that, where there is a backup of the pool, stands for one of old: names of
+    objects in a bucket begin with the version at which their upload began.
+    """
+    return f"0-{uuid.uuid4().hex}"
+
+
+def map_at(path: Path, reference: Reference) -> mmap.mmap:
+    """Map the bulk file at a path; raises as `map_file` does, and `FileNotFoundError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return map_file(descriptor, reference)
+    finally:
+        os.close(descriptor)
 
 
 def key_of_value(file: str) -> str:

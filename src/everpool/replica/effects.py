@@ -87,8 +87,8 @@ def _effect(operation: Operation, resolved: Resolved) -> Effect:
             return SetFence(session, None)
         case Checkpoint(version, key):
             return SetCheckpoint(version, key)
-        case Pin(name, _):
-            return SetPin(name, resolved.size)
+        case Pin(name, _, until_ns, lock):
+            return SetPin(name, resolved.size, until_ns, lock)
         case Unpin(name):
             return SetPin(name, -1)
         case Collect():

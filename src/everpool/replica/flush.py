@@ -39,11 +39,13 @@ class Flusher:
         self._replica = replica
         self._memories = replica.memories
         self._writer = writer
+        # The tail's bytes after a flush that could not trim it.
+        self._held_bytes = 0
 
     def due(self, version: int, tail_bytes: int, flushed: int) -> bool:
         """Whether enough was committed since the last flush."""
         return version - flushed >= FLUSH_VERSIONS or (
-            tail_bytes >= KEPT_BYTES + FLUSH_BYTES and version > flushed
+            tail_bytes >= max(KEPT_BYTES, self._held_bytes) + FLUSH_BYTES and version > flushed
         )
 
     def begin(self) -> tuple[int, Written]:
@@ -91,6 +93,11 @@ class Flusher:
         """Note what is durable and raise the floor. Call with the writer's lock held."""
         state = self._replica.state()
         floor = floor_of(self._replica.index, state, flushed.version)
+        self._held_bytes = 0
+        if floor > max(state.checkpoint, state.floor) and self._replica.bulk.keeps_past():
+            # What no checkpoint has yet is nowhere but in the tail.
+            floor = max(state.checkpoint, state.floor)
+            self._held_bytes = state.tail_bytes
         record = Record(state.version, [], [], [], [Floor(floor)])
         self._writer.commit([record], flushed)
         with translated("tidying up"):

@@ -14,7 +14,7 @@ row's key, so that neither a damaged nor a misplaced row is taken for a sound on
     "4" object id (8, big-endian)     version (8), size (8), name: memory
     "5" session                       MessagePack, `SessionState`
     "6"                               MessagePack, `State`
-    "7"                               MessagePack, snapshots: name to version and time
+    "7"                               MessagePack, snapshots: name to `PinRow`
 
 All of it is one B-tree, and what every commit changes stands at its end, so that a small commit
 changes few pages.
@@ -105,6 +105,15 @@ class NameRow(NamedTuple):
         return _decode_reference(self.body)
 
 
+class PinRow(msgspec.Struct, array_like=True, frozen=True):
+    """A snapshot: its version, and the time when it was made; see `records.Pin` for the rest."""
+
+    version: int
+    time_ns: int
+    locked_until_ns: int = 0
+    lock: str = ""
+
+
 class MemoryRow(NamedTuple):
     """A memory object: the last version that changed it, its size and its name."""
 
@@ -155,13 +164,35 @@ _decode_state = msgspec.msgpack.Decoder(State).decode
 _decode_session = msgspec.msgpack.Decoder(SessionState).decode
 _decode_tail = msgspec.msgpack.Decoder(TailRow).decode
 _decode_reference = msgspec.msgpack.Decoder(Reference).decode
-_decode_pins = msgspec.msgpack.Decoder(dict[str, tuple[int, int]]).decode
+_decode_pins = msgspec.msgpack.Decoder(dict[str, PinRow]).decode
 _decode_long = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
 
 
 def is_page(key: bytes) -> bool:
     """Whether the row with that key tells where a page of memory is."""
     return key[:1] == _BLOCKS
+
+
+def page_in(key: bytes, row: bytes) -> bytes:
+    """Return where a page of memory is, from its row as `Index.dump` yields it."""
+    return bytes(_unseal(key, memoryview(row), "the row of a page"))
+
+
+def files_in(key: bytes, row: bytes) -> list[str]:
+    """Return the files that the names of a row refer to, from the row as `Index.dump` yields it."""
+    if key[:1] != _NAMES:
+        return []
+    names = {key: row}
+    if key[-1] == 0:
+        long = _decode_long(_unseal(key, memoryview(row), "a row of long names"))
+        names = {key[:-1] + rest: sealed for rest, sealed in long.items()}
+    rows = (_name_row(name, memoryview(sealed), repr(name)) for name, sealed in names.items())
+    return [row.reference().file for row in rows if row.kind == BULK]
+
+
+def is_dead_object(key: bytes) -> bool:
+    """Whether the row with that key tells of an object that nothing names any more."""
+    return key[:1] == _GARBAGE
 
 
 def key_of(number: int) -> bytes:
@@ -469,21 +500,20 @@ class Index:
 
     # Snapshots
 
-    def put_pin(self, txn: lmdb.Transaction, name: str, version: int, time_ns: int) -> None:
-        """Keep a snapshot, or drop it when `version` is -1."""
-        pins = dict(self._pins(txn))
-        if version < 0:
+    def put_pin(self, txn: lmdb.Transaction, name: str, pin: PinRow | None) -> None:
+        """Keep a snapshot, or drop it."""
+        pins = self._pins(txn)
+        if pin is None:
             pins.pop(name, None)
         else:
-            pins[name] = (version, time_ns)
+            pins[name] = pin
         txn.put(_PINS, _seal(_PINS, encode(pins)))
 
-    def pins(self, txn: lmdb.Transaction) -> list[tuple[str, int, int]]:
-        """Return name, version and time of all snapshots, oldest version first."""
-        found = [(name, version, time_ns) for name, (version, time_ns) in self._pins(txn).items()]
-        return sorted(found, key=lambda pin: pin[1])
+    def pins(self, txn: lmdb.Transaction) -> list[tuple[str, PinRow]]:
+        """Return all snapshots, oldest version first."""
+        return sorted(self._pins(txn).items(), key=lambda pin: pin[1].version)
 
-    def _pins(self, txn: lmdb.Transaction) -> dict[str, tuple[int, int]]:
+    def _pins(self, txn: lmdb.Transaction) -> dict[str, PinRow]:
         row = _get(txn, _PINS)
         return {} if row is None else _decode_pins(_unseal(_PINS, row, "the snapshots"))
 
@@ -579,6 +609,23 @@ class Index:
                 lost.append(_BLOCKS + rest)
         for key in lost:
             txn.delete(key)
+
+    def all_pages(self, txn: lmdb.Transaction) -> Iterator[bytes]:
+        """Yield the rows of all stored pages, of all memory."""
+        for rest, row in _under(txn, _BLOCKS):
+            yield bytes(_unseal(_BLOCKS + rest, row, "the row of a page"))
+
+    def references(self, txn: lmdb.Transaction) -> Iterator[Reference]:
+        """Yield what the values in bulk files are, of all names."""
+        for rest, row in _under(txn, _NAMES):
+            if rest[-1:] == b"\0":
+                long = _decode_long(_unseal(_NAMES + rest, row, "a row of long names"))
+                rows = [memoryview(one) for one in long.values()]
+            else:
+                rows = [row]
+            for one in rows:
+                if one[0] == BULK:
+                    yield _decode_reference(one[BODY:-8])
 
     # Memory, sessions, blocks
 

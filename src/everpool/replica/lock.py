@@ -7,7 +7,8 @@ nothing else may open the file in a process that has a `WriterLock` on it.
 Byte 0 is the lock. Byte 1 is a turnstile that one waiter holds while it waits for byte 0: who
 releases the lock and wants it again at once queues behind that waiter. While somebody may be at
 the turnstile, the shared page's `queued` says so; else nobody needs to look. Byte 2 is for who
-flushes memory: a second one would find clean pages where the first one's flush failed.
+flushes memory: a second one would find clean pages where the first one's flush failed. Byte 3 is
+for who makes a checkpoint: a second one would only do the same work again.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ from typing import Protocol
 
 from everpool.interrupts import check
 
-_LOCK, _TURNSTILE, _FLUSHER = 0, 1, 2
+_LOCK, _TURNSTILE, _FLUSHER, _STEWARD = 0, 1, 2, 3
 _POLL_S = 0.001
 _PATIENCE_S = 0.05
 # Linux's `struct flock` on 64-bit machines.
 _FLOCK = struct.Struct("hh4xqqi4x")
-_FLUSHER_POLL_S = 0.01
+_POLL_LONG_S = 0.01
 
 
 def lock_at(path: Path) -> "WriterLock":
@@ -176,12 +177,24 @@ class WriterLock:
 
     def acquire_flusher(self, timeout_s: float) -> bool:
         """Take the flusher's lock; returns False when another process kept it for `timeout_s`."""
+        return self._poll(_FLUSHER, timeout_s)
+
+    def acquire_steward(self, timeout_s: float) -> bool:
+        """Take the steward's lock; returns False when another process kept it for `timeout_s`."""
+        return self._poll(_STEWARD, timeout_s)
+
+    def _poll(self, byte: int, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
-        while not self._try(_FLUSHER):
+        while not self._try(byte):
             if time.monotonic() >= deadline:
                 return False
-            time.sleep(_FLUSHER_POLL_S)
+            check()
+            time.sleep(_POLL_LONG_S)
         return True
+
+    def release_steward(self) -> None:
+        """Give the steward's lock up."""
+        self._free(_STEWARD)
 
     def release_flusher(self) -> None:
         """Give the flusher's lock up."""

@@ -77,12 +77,16 @@ class Writer(Applier):
         while row := self._replica.index.unplayed():
             self._append(entry_of(row).records, None, row)
 
-    def take_written(self) -> "tuple[int, Written]":
-        """Return the version, with all of it applied, and what is known to be written up to it."""
+    def settle(self) -> None:
+        """See to it that memory has all that the index has, and that all of it is durable."""
         shared = self._replica.shared
         if shared.suspect or shared.started != shared.applied:
             self.recover()
-        version = shared.applied
+
+    def take_written(self) -> "tuple[int, Written]":
+        """Return the version, with all of it applied, and what is known to be written up to it."""
+        self.settle()
+        version = self._replica.shared.applied
         taken, self._written = self._written, Written(version)
         return version, taken
 

@@ -75,6 +75,10 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     runs: list[Run]
     past: list[Past]
 
+    def place(self, key: str) -> Past:
+        """Return what later manifests keep of this one, which is under `key`."""
+        return Past(self.version, self.time_ns, self.position, key)
+
 
 class Page(NamedTuple):
     """Where a page is."""
@@ -147,7 +151,9 @@ def _unseal(magic: bytes, key: str, data: bytes | memoryview) -> bytes | memoryv
         raise CorruptionError(f"{key} is cut short: {len(data)} bytes: restore it from a copy")
     found, version, _, key_id, checksum = _HEADER.unpack_from(data)
     if found != magic:
-        raise CorruptionError(f"{key} begins with {found!r} instead of {magic!r}")
+        raise CorruptionError(
+            f"{key} begins with {found!r} instead of {magic!r}: restore it from a copy"
+        )
     if version != FORMAT:
         raise InvalidError(f"{key} has format {version}, this version reads {FORMAT}: upgrade")
     body = data[_HEADER.size :]

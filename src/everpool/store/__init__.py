@@ -18,7 +18,16 @@ from typing import Any, NamedTuple, Protocol
 
 from everpool.errors import InvalidError
 
-__all__ = ["Data", "Listed", "Object", "Store", "check_key", "check_ranges", "open_store"]
+__all__ = [
+    "Data",
+    "Listed",
+    "Object",
+    "Store",
+    "check_key",
+    "check_ranges",
+    "open_store",
+    "without_secrets",
+]
 
 Data = bytes | bytearray | memoryview
 """What can be written: contiguous bytes. A view must be one of bytes (`memoryview.cast("B")`)."""
@@ -146,6 +155,11 @@ def open_store(url: str, **options: Any) -> Store:
     from everpool.store.objects import open_objects
 
     return open_objects(url, **options)
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL for messages: without its query, where settings are."""
+    return url.partition("?")[0]
 
 
 def check_key(key: str) -> None:

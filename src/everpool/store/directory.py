@@ -41,6 +41,7 @@ _ABANDONED_S = 24 * 3600
 _NAME_BYTES = 255
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _SHAPE = (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
@@ -110,6 +111,26 @@ class DirectoryStore:
         failed: list[BaseException] = []
         with self._translated("put", key, failed):
             self._install(key, self._write(_watched(pieces, failed), size, key))
+
+    def link(self, key: str, path: Path) -> bool:
+        """Store, as an object, a durable file that never changes, without copying it.
+
+        False when that cannot be done here: `path` is on another disk, or there are no hard links.
+        """
+        self._begin(key)
+        target = self._path(key)
+        with self._translated("put", key):
+            self._make_folder(target.parent)
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if error.errno in _UNLINKABLE:
+                    return False
+                raise
+            _flush_folder(target.parent)
+        return True
 
     def swap(self, key: str, data: Data, e_tag: str | None) -> str:
         """Replace the file under the lock of the folder."""

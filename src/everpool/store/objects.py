@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from everpool.errors import (
@@ -45,6 +45,7 @@ _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 _OPEN_OPTIONS = {
     "account_name",
     "bulk_timeout_s",
+    "checksum_algorithm",
     "endpoint",
     "profile",
     "region",
@@ -72,10 +73,31 @@ _MACHINE_ROLE = "169.254."  # where a cloud's machines ask for their role
 _used_by: int | None = None
 
 
-def open_objects(
-    url: str, *, timeout_s: float = 10.0, bulk_timeout_s: float = 120.0, **options: object
-) -> "ObjectStore":
+class Place(NamedTuple):
+    """What an address and the options beside it say. `where` is how messages call it."""
+
+    where: str
+    scheme: str
+    bucket: str
+    prefix: str
+    settings: dict[str, object]
+    timeout_s: float
+    bulk_timeout_s: float
+
+    def may_use_http(self) -> bool:
+        """Whether the endpoint is one of plain HTTP on this machine; raises for one elsewhere."""
+        return _may_use_http(self.where, self.scheme, self.settings)
+
+
+def open_objects(url: str, **options: Any) -> "ObjectStore":
     """Return the store at `url`; see `everpool.store.open_store`."""
+    return ObjectStore(*read_url(url, **options))
+
+
+def read_url(
+    url: str, *, timeout_s: float = 10.0, bulk_timeout_s: float = 120.0, **options: object
+) -> Place:
+    """Return what an address and options say; raises `InvalidError`."""
     parts = urlsplit(url)
     scheme, bucket, prefix = parts.scheme.lower(), parts.netloc, unquote(parts.path).strip("/")
     where = f"{scheme}://{bucket.rpartition('@')[2]}" + (f"/{prefix}" if prefix else "")
@@ -95,7 +117,7 @@ def open_objects(
     timeouts = _seconds(settings.pop("timeout_s")), _seconds(settings.pop("bulk_timeout_s"))
     if scheme == "s3":
         _add_profile(settings)
-    return ObjectStore(where, scheme, bucket, prefix, settings, *timeouts)
+    return Place(where, scheme, bucket, prefix, settings, *timeouts)
 
 
 class ObjectStore:
@@ -368,6 +390,8 @@ class ObjectStore:
             return invalid("no credentials were found; set them in the environment or as options")
         if "region" in text and "redirect" in text:
             return invalid("the bucket is in another region; name it by AWS_REGION or region=")
+        if status == 400 and "x-amz-checksum" in text:
+            return invalid("the bucket locks what is put: set AWS_CHECKSUM_ALGORITHM=sha256")
         if 400 <= status < 500 and status not in _TRANSIENT:
             return invalid("the store refuses this, see the status")
         if not status and not kind and name != "GenericError":

@@ -1,6 +1,5 @@
 """Reading what is sealed: chunks, tables and large entries, fetched in parallel, and a cache."""
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,47 +59,56 @@ class Archive:
             if found and size > limit_bytes:
                 break
             found.append((position, stored))
-        return self._with_bodies(found)
+        return list(self._with_bodies(found))
 
-    def _with_bodies(self, found: Sequence[tuple[int, Stored]]) -> list[Appended]:
-        bodies = self._map(self._body, [stored for _, stored in found])
-        return [
-            Appended(position, stored.time_ns, body)
-            for (position, stored), body in zip(found, bodies, strict=True)
-        ]
+    def _with_bodies(self, found: Sequence[tuple[int, Stored]]) -> Iterator[Appended]:
+        """Yield the entries up to the first one that is gone; raises `NotFoundError` there."""
+        bodies = self._map(self._body_if_there, [stored for _, stored in found])
+        for (position, stored), body in zip(found, bodies, strict=True):
+            if isinstance(body, NotFoundError):
+                raise body
+            yield Appended(position, stored.time_ns, body)
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
         """Yield the entries behind `after` up to `last`, trimmed or not.
 
-        Of what follows nothing is looked at. Before an entry that is gone raises, all that is there
-        before it is yielded, for whoever wants no more.
+        Raises `NotFoundError` behind the last one that is there.
         """
         found: list[tuple[int, Stored]] = []
         size = 0
         gone: NotFoundError | None = None
         entries = self._all(head, after, _HISTORY_BYTES)
-        while after < last:
+        while after < last:  # what follows is not looked at: it may be gone
             try:
                 after, stored = next(entries, (last, None))
             except NotFoundError as error:
                 gone = error
                 break
-            if stored is not None:
-                found.append((after, stored))
-                size += stored.size
+            if stored is None:
+                break
+            found.append((after, stored))
+            size += stored.size
             if size >= _HISTORY_BYTES:
-                yield from self._as_far_as_there(found)
+                yield from self._with_bodies(found)
                 found, size = [], 0
-        yield from self._as_far_as_there(found)
+        yield from self._with_bodies(found)
         if gone is not None:
             raise gone
 
-    def _as_far_as_there(self, found: Sequence[tuple[int, Stored]]) -> Iterator[Appended]:
-        try:
-            yield from self._with_bodies(found)
-        except NotFoundError:
-            for one in found:
-                yield from self._with_bodies([one])
+    def keys(self, head: Head, after: int) -> Iterator[str]:
+        """Yield the keys, below the log's prefix, of what holds the entries behind `after`, which
+        must not be trimmed.
+        """
+        waiting = list(head.references)
+        while waiting:
+            reference = waiting.pop()
+            if reference.last > after:
+                yield reference.key
+                if reference.level:
+                    waiting += self._table(reference, head.log_id)
+        for _, stored in self._behind(head, after, _HISTORY_BYTES):
+            if stored.data is None:
+                yield stored.key
 
     def find(self, head: Head, id: bytes, after: int) -> int | None:
         """Return where behind `after` the entry of the append `id` is; None: nowhere.
@@ -120,12 +128,8 @@ class Archive:
             span = parse_span(listed.key)
             if span is None or span[1] > limit or _meets(span, kept):
                 continue
-            try:
-                entries = self._chunk(_reference(listed, span), head.log_id)
-            except NotFoundError:
-                continue  # somebody else has deleted it meanwhile
             # Its large entries first: nothing else tells of them.
-            for stored in entries:
+            for stored in self._chunk_if_there(listed, span, head):
                 if stored.data is None:
                     key = f"{self._prefix}/{stored.key}"
                     yield Listed(key, stored.size, listed.modified_ns)
@@ -153,9 +157,8 @@ class Archive:
         for listed in self._store.list(f"{self._prefix}/{CHUNKS}") if found else ():
             span = parse_span(listed.key)
             if span is not None and span[1] > first and (span[1] > limit or _meets(span, kept)):
-                with contextlib.suppress(NotFoundError):  # then its large entries are gone, too
-                    for stored in self._chunk(_reference(listed, span), head.log_id):
-                        found.pop(stored.id, None)
+                for stored in self._chunk_if_there(listed, span, head):
+                    found.pop(stored.id, None)
         for stored in head.entries:
             found.pop(stored.id, None)
         return {listed.key: listed for listed in found.values()}
@@ -237,6 +240,13 @@ class Archive:
             reference.size,
         )
 
+    def _chunk_if_there(self, listed: Listed, span: Span, head: Head) -> list[Stored]:
+        """Return a chunk's entries; none when others deleted it, and so its large entries."""
+        try:
+            return self._chunk(_reference(listed, span), head.log_id)
+        except NotFoundError:
+            return []
+
     def _table(self, reference: Reference, log_id: bytes) -> list[Reference]:
         return self._cache.get(
             reference.key,
@@ -258,6 +268,12 @@ class Archive:
             return data
 
         return self._cache.get(key, fetch, stored.size)
+
+    def _body_if_there(self, stored: Stored) -> bytes | NotFoundError:
+        try:
+            return self._body(stored)
+        except NotFoundError as error:
+            return error
 
     def _fetch(self, key: str) -> bytes:
         return self._store.get(f"{self._prefix}/{key}").data

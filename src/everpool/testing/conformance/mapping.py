@@ -45,6 +45,15 @@ class MappingGuarantees(ConformanceBase):
         pool["greeting"] = b"hello"
         assert pool["greeting"] == b"hello"
 
+    def test_a_size_is_told_of_values_and_memory(self, pool: Any) -> None:
+        pool["small"], pool["large"] = b"some", bytes(1 << 20)
+        pool.allocate("memory", 1 << 40)
+        assert 4 <= pool.size_of("small") < 100
+        assert 0 <= pool.size_of("large") - (1 << 20) < 100
+        assert pool.size_of("memory") == 1 << 40
+        with pytest.raises(NotFoundError):
+            pool.size_of("none")
+
     def test_a_put_replaces_the_value(self, pool: Any) -> None:
         pool["a"] = 1
         pool["a"] = "two"

@@ -88,6 +88,11 @@ class ReferencePool(MutableMapping[str, object]):
         with self.alone() as tx:
             return tx.names(prefix)
 
+    def size_of(self, name: str) -> int:
+        with self.alone() as tx:
+            target = tx.bound(name)
+        return target.size if isinstance(target, Memory) else len(target.encoded)
+
     def allocate(self, name: str, size: int) -> ReferenceMemory:
         with self.alone() as tx:
             return ReferenceMemory(self, tx.allocate(name, size).memory)

@@ -13,7 +13,7 @@ from everpool.errors import CorruptionError, EverpoolError
 from everpool.log import ArchivedLog
 from everpool.log.bucket import BucketLog
 from everpool.log.bucket.archive import Archive
-from everpool.log.bucket.engine import _Known  # pyright: ignore[reportPrivateUsage]
+from everpool.log.bucket.heads import Known
 from everpool.store import Listed
 from everpool.store.memory import Fault, MemoryStore, Shelf
 from everpool.testing.simulation.witness import Violation
@@ -283,7 +283,7 @@ class SteppedLog(BucketLog):
         self._world = world
         self._archive = _SingleThread(store, "log", 1 << 20)
 
-    def _swap(self, data: bytes, known: _Known) -> str:
+    def _swap(self, data: bytes, known: Known) -> str:
         return self._store.swap(self._head_key, data, known.e_tag)
 
     def _sleep(self, seconds: float) -> None:
