@@ -833,20 +833,20 @@ def test_what_a_record_may_still_name_is_not_dead() -> None:
     story.does(Checkpoint(8, "key", 0, 8))
     late = f"values/{upload(5).file}"
     refused = story.decide(Collect(story.version, 8, 8, 8, [], [late]))
-    assert refused.verdict is Verdict.CONFLICT and "still name" in refused.detail
+    assert refused.verdict is Verdict.CONFLICT and "named yet" in refused.detail
     story.does(Collect(story.version, 8, 8, 8, [], []))
     assert story.decide(Put("late", upload(5))).verdict is Verdict.CONFLICT
     story.does(Collect(story.version, 8, 8, 8, [], [late]))
 
 
-def test_a_restore_names_again_only_what_is_older() -> None:
+def test_a_restore_names_old_values_again_and_nothing_else() -> None:
     story = Story()
     for _ in range(10):
         story.does(ONE)
     story.index.snapshots["early"] = 4
     story.does(Checkpoint(9, "key", 0, 9))
     story.does(Collect(story.version, 9, 9, 9, [(0, 4)], []))
-    story.does(Restore(4), Put("old", upload(3)), Put("new", upload(9)))
-    for began in (4, 8):
-        refused = story.decide(Restore(4), Put("late", upload(began)))
-        assert refused.verdict is Verdict.CONFLICT and "void" in refused.detail
+    memory = Allocate("memory", 9, b"")
+    story.does(Restore(4), Put("old", upload(3)), memory, Write(-1, 0, upload(9)))
+    refused = story.decide(Restore(4), Delete("memory"), memory, Write(-1, 0, upload(8)))
+    assert refused.verdict is Verdict.CONFLICT and "void" in refused.detail

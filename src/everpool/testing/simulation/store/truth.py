@@ -7,7 +7,7 @@ objects. Whatever the log says is kept must be readable, from the store alone, a
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from everpool.collection import KEPT_AGE_NS, KEPT_VERSIONS, end_of, place_of
+from everpool.collection import KEPT_AGE_NS, KEPT_VERSIONS, place_of
 from everpool.errors import EverpoolError
 from everpool.log import Appended, ArchivedLog
 from everpool.records import (
@@ -192,18 +192,16 @@ class Truth:
             for place in places:
                 replica = self._begin(place.key) if place.version in by_place else self.replica
                 for version in sorted(by_place.get(place.version, ())):
-                    self._go_on(log, replica, version, end_of(places, version))
+                    self._go_on(log, replica, version)
         except (EverpoolError, KeyError) as error:
             raise Violation(f"version {version} is kept, but {error}") from error
         finally:
             log.close()
 
-    def _go_on(
-        self, log: ArchivedLog, replica: MemoryReplica, version: int, end: int | None
-    ) -> None:
+    def _go_on(self, log: ArchivedLog, replica: MemoryReplica, version: int) -> None:
         """Play up to a version and compare; every entry of a simulation has one record."""
         if replica.version < version:
-            for item in log.history(replica.position, end):
+            for item in log.history(replica.position):
                 replica.apply(item)
                 if replica.version >= version:
                     break
