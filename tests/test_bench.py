@@ -22,7 +22,7 @@ from everpool.bench import buckets, command, report, servers
 from everpool.bench.lab import ROWS, Sizes, at_least, at_most, below
 from everpool.bench.measure import Result, text_of
 
-pytestmark = pytest.mark.xdist_group("bench")  # they share what is expensive
+pytestmark = pytest.mark.xdist_group("bench")
 
 TINY = Sizes(
     rounds=1,
