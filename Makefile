@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOAK_MINUTES ?= 30
+# Most tests wait for disks and other processes, so there are more workers than a small machine has
+# cores. Tests of one group share what is expensive to set up.
+TEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -22,7 +25,7 @@ demo: $(VENV)/.demo ## the main job on real data: scans and money survive a stor
 	@$(BIN)/everpool demo
 
 test: $(VENV)/.test fuse ## every test but the long ones
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## lint, types, direction of imports
 	@$(BIN)/ruff check .

@@ -22,6 +22,8 @@ from everpool.bench import buckets, command, report, servers
 from everpool.bench.lab import ROWS, Sizes, at_least, at_most, below
 from everpool.bench.measure import Result, text_of
 
+pytestmark = pytest.mark.xdist_group("bench")
+
 TINY = Sizes(
     rounds=1,
     turn_s=0.002,

@@ -15,6 +15,14 @@ import pytest
 
 import everpool
 from everpool import InvalidError
+from everpool.agent.collector import Collector
+from everpool.agent.host import folder_name
+from everpool.agent.pools import read_marker
+from everpool.agent.server import Server
+from everpool.records import Collect, Put, Record
+from everpool.replica.batch import Result
+from everpool.snapshots import restoring
+from everpool.store import open_store
 from support.agents import end_agents
 from support.pictures import change, picture
 
@@ -153,8 +161,6 @@ def test_an_upload_that_slept_is_void(pool: Any, tmp_path: Path) -> None:
         pool.checkpoint()
     pool.collect()
     assert staged.reference.file not in objects(tmp_path, "values")
-    from everpool.records import Put, Record
-
     record = Record(pool.version, [], [], [], [Put("late", staged.reference)])
     with pytest.raises(everpool.ConflictError, match="upload that began"):
         engine.write(record, [staged]).version()
@@ -169,8 +175,6 @@ def test_an_upload_under_way_is_left_alone(pool: Any, tmp_path: Path) -> None:
     staged = engine.stage(everpool.values.encode(np.arange(20_000)))
     pool["n"] = 2
     pool.collect()
-    from everpool.records import Put, Record
-
     record = Record(pool.version, [], [], [], [Put("late", staged.reference)])
     with contextlib.suppress(everpool.ConflictError):
         engine.write(record, [staged]).version()
@@ -232,3 +236,164 @@ def test_agents_collect_by_themselves(url: str, tmp_path: Path) -> None:
     assert len(objects(tmp_path, "values")) < 40
     with everpool.open(url, cache_dir=tmp_path / "new") as pool:
         assert pool["a"][0] == 59 and pool.verify().ok
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["values/" + "€" * 240, "checkpoints/" + "f" * 40 + "-x", "values/../" + "0" * 32, ""],
+)
+def test_no_key_stops_a_replica(pool: Any, key: str) -> None:
+    """LMDB takes 511 bytes as a key, and 8 bytes are for a version."""
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = 1
+    pool.checkpoint()
+    pool.collect()
+    state = pool.engine().replica.state()
+    kept = state.horizon
+    collect = Collect(state.version, state.checkpoint, kept.kept, kept.start, [], [key])
+    with pytest.raises(InvalidError, match="not to be collected"):
+        pool.engine().write(Record(pool.version, [], [], [], [collect]), []).version()
+    pool["b"] = 1
+    assert pool["b"] == 1
+
+
+def test_what_others_left_in_the_bucket_stays(pool: Any, tmp_path: Path) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = np.full(20_000, 1)
+    values = tmp_path / "bucket" / "values"
+    names = {"x" * 250, "ü" * 100, "a b", "f" * 40 + "-x", "copy of " + "0" * 32}
+    for name in names:
+        (values / name).write_bytes(b"theirs")
+    pool["a"] = np.full(20_000, 2)
+    pool.collect()
+    assert len(objects(tmp_path, "values")) == len(names) + 1
+
+
+def test_a_branch_knows_nothing_of_what_its_parent_has_let_go_of(
+    pool: Any, url: str, tmp_path: Path
+) -> None:
+    """Neither a host that was there from its beginning, nor one that begins from a checkpoint."""
+
+    def dead(pool: Any) -> list[Any]:
+        index = pool.engine().replica.index
+        with index.read() as txn:
+            return list(index.garbage(txn))
+
+    pool.retain(age=NOTHING, versions=0)
+    pool["a"] = np.full(20_000, 1)
+    pool.checkpoint()
+    pool["a"] = np.full(20_000, 2)
+    pool.collect()
+    assert dead(pool)
+    branch = f"file://{tmp_path}/branch"
+    pool.branch(branch)
+    with everpool.open(branch, cache_dir=tmp_path / "first") as first:
+        first["x"] = 1
+        first.checkpoint()
+        with everpool.open(branch, cache_dir=tmp_path / "second") as second:
+            assert dead(first) == dead(second) == []
+
+
+@contextlib.contextmanager
+def other_agent(tmp_path: Path, url: str) -> Iterator[Server]:
+    """An agent of another host, in this process and without a listener."""
+    with contextlib.closing(open_store(url)) as store:
+        marker = read_marker(store, url)
+    folder = tmp_path / "other" / folder_name(url, marker.pool())
+    folder.mkdir(parents=True)
+    server = Server(folder, url, -1)
+    server.host.begin()
+    yield server
+    server.commits.close()
+    server.workers.shutdown()
+    server.host.close()
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_upload_that_is_named_while_it_is_collected(
+    pool: Any, url: str, tmp_path: Path, at: int
+) -> None:
+    """Either the record comes in time, and the object stays, or the record aborts."""
+    pool.retain(age=NOTHING, versions=0)
+    engine = pool.engine()
+    staged = engine.stage(everpool.values.encode(np.arange(20_000)))
+    pool["n"] = 1
+    pool.checkpoint()
+    records: list[Record] = []
+
+    with other_agent(tmp_path, url) as server:
+
+        def commit(record: Record) -> Result:
+            records.append(record)
+            if len(records) == at:
+                late = Record(pool.version, [], [], [], [Put("late", staged.reference)])
+                with contextlib.suppress(everpool.ConflictError):
+                    engine.write(late, [staged]).version()
+            return server.commit_own(record)
+
+        Collector(server.host, commit).collect()
+        for _ in range(2):
+            server.checkpoint()
+            Collector(server.host, server.commit_own).collect()
+    assert len(records) == at
+    pool.sync()
+    assert ("late" in pool) == (at == 1)
+    assert "late" not in pool or pool["late"][5] == 5
+    assert pool.verify().ok
+
+
+def test_a_restore_that_slept_brings_nothing_back_that_was_collected(pool: Any) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    memory = pool.allocate("memory", 1 << 20)
+    memory[:] = b"a" * (1 << 20)
+    pool.snapshot("first")
+    memory[:] = b"b" * (1 << 20)
+    pool.checkpoint()
+    engine = pool.engine()
+    with pool.at("first") as then:
+        record, staged = restoring(engine, then.engine())
+    assert staged
+    pool.collect()
+    with pytest.raises(everpool.ConflictError, match="upload that began"):
+        engine.write(record, staged).version()
+    assert memory.read(0, 2) == b"bb" and pool.verify().ok
+    pool.restore("first")
+    assert memory.read(0, 2) == b"aa" and pool.verify().ok
+
+
+def test_a_snapshot_can_be_looked_at_when_the_log_behind_it_is_gone(pool: Any) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    for number in range(6):
+        pool["large"] = b"%d" % number * 60_000  # stands in an object of its own
+        pool["small"] = b"x" * 9_000
+        if number == 1:
+            pool.snapshot("early")
+    for number in range(30):
+        pool["small"] = b"y" * 9_000 + b"%d" % number
+    pool.checkpoint()
+    for number in range(30):
+        pool["small"] = b"z" * 9_000 + b"%d" % number
+    pool.collect()
+    with pool.at("early") as past:
+        assert past["large"] == b"1" * 60_000
+
+
+def test_a_host_that_slept_begins_anew_when_what_it_would_play_was_collected(
+    pool: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.retain(age=NOTHING, versions=0)
+    memory = pool.allocate("memory", 4 << 20)
+
+    def leave(why: str) -> None:
+        raise InterruptedError(why)
+
+    with other_agent(tmp_path, url) as server:
+        monkeypatch.setattr(server.host, "leave", leave)
+        memory[:] = b"a" * (4 << 20)
+        memory.fetch_add(0, 1)
+        memory[:] = b"b" * (4 << 20)
+        assert len(objects(tmp_path, "values")) == 2
+        pool.collect()
+        assert not objects(tmp_path, "values")
+        with pytest.raises(InterruptedError, match="was collected"):
+            server.host.sync()

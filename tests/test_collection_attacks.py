@@ -20,13 +20,15 @@ from support.agents import end_agents
 from support.pictures import PLACES, picture
 from test_bucket_attacks import World, checkpoint_in_time, same
 
-POINTS = ["listed", "decided", "deleted"]
+POINTS = ["planned", "listed", "decided", "deleted"]
 NOTHING = datetime.timedelta(0)
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    yield World(tmp_path, monkeypatch)
+    world = World(tmp_path, monkeypatch)
+    world.timeout_s = 12.0  # a mutant may well be stuck
+    yield world
     end_agents(tmp_path)
 
 
@@ -93,7 +95,7 @@ def check_everywhere(world: World, old: Any) -> None:
 @pytest.mark.parametrize("action", ["die", "wait"])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_collector_that_sleeps_or_dies(point: str, action: str, world: World) -> None:
-    with world.open("one") as one, world.open("two", timeout_s=60) as two:
+    with world.open("one") as one, world.open("two") as two:
         prepare(one)
         with one.at("old") as past:
             old = picture(past)
@@ -171,7 +173,7 @@ def steward_that_slept(world: World) -> None:
 
 def restore_between_look_and_decision(world: World) -> None:
     """What nothing named is named again just before it is called dead."""
-    with world.open("one") as one, world.open("two", timeout_s=60) as two:
+    with world.open("one") as one, world.open("two") as two:
         prepare(one)
         with one.at("old") as past:
             old = picture(past)
@@ -198,14 +200,14 @@ def restore_between_look_and_decision(world: World) -> None:
 
 def snapshot_between_look_and_decision(world: World) -> None:
     """A snapshot is taken of a version that is just being let go of."""
-    with world.open("one") as one, world.open("two", timeout_s=60) as two:
+    with world.open("one") as one, world.open("two") as two:
         prepare(one)
         change(one, 8)
         then, version = picture(one), one.version
         change(one, 9)
         checkpoint_in_time(one)
         change(one, 10)
-        trap = world.trap("one", "listed", "wait")
+        trap = world.trap("one", "planned", "wait")
 
         def collecting() -> None:
             for _ in range(2):

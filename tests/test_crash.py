@@ -385,7 +385,7 @@ def test_nothing_acknowledged_is_lost_in_a_storm_of_kills(
 ) -> None:
     done = run_storm(tmp_path, monkeypatch, seconds=22, seed=random.randrange(1 << 30))
     print(done)
-    assert done.kills > 100 and done.blackouts > 3 and done.acknowledged > 1000, done
+    assert done.kills > 50 and done.blackouts > 0 and done.acknowledged > 1000, done
 
 
 @pytest.mark.soak

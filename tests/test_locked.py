@@ -31,6 +31,8 @@ from support.cli import out_of, run
 from support.locked import Attack, client_of, make_bucket
 from support.s3 import Server, serving
 
+pytestmark = pytest.mark.xdist_group("locked")
+
 pytest.importorskip("botocore")
 _numbers = itertools.count()
 

@@ -542,3 +542,41 @@ def test_a_clock_that_was_set_right_is_believed_again() -> None:
     slow, wall, mono = 0.0, wall + 1, mono + 1
     clock.saw("b", int(wall * 1e9))
     assert abs(clock.now_ns() / 1e9 - wall) < 1
+
+
+def test_history_is_yielded_as_far_as_it_is_there() -> None:
+    shelf = Shelf()
+    log = BucketLog(MemoryStore(shelf), head_bytes=600)
+    for at in range(40):
+        log.append(b"%d" % at * (200 if at % 4 == 3 else 40))
+    log.trim(40, b"")
+    chunks = sorted(key for key in shelf.objects if "/chunks/" in key)
+    first, _, rest = chunks[2].rpartition("/")[2].partition("-")
+    last = int(rest.partition("-")[0])
+    del shelf.objects[chunks[3]]
+    # Somebody was ended as he deleted the next one: its large entries, and not yet itself.
+    bodies = sorted(key for key in shelf.objects if "/entries/" in key)
+    for key in bodies[len(bodies) // 2 :]:
+        del shelf.objects[key]
+    for fresh in (log, BucketLog(MemoryStore(shelf), head_bytes=600)):
+        found = [item.position for item in fresh.history(int(first) - 1, last)]
+        assert found == list(range(int(first), last + 1))
+        found.clear()
+        with pytest.raises(NotFoundError):
+            for item in fresh.history(0):
+                found.append(item.position)
+        assert found == list(range(1, last + 1)) or fresh is log
+
+
+def test_two_collect_the_same_chunks() -> None:
+    shelf = Shelf()
+    log = BucketLog(MemoryStore(shelf), head_bytes=600, cache_bytes=0)
+    for at in range(40):
+        log.append(b"%d" % at * (200 if at % 4 == 3 else 40))
+    log.trim(40, b"")
+    one, other = log.garbage([]), log.garbage([])
+    next(one)
+    keys = [listed.key for listed in other]
+    MemoryStore(shelf).delete(keys)
+    assert {listed.key for listed in one} <= set(keys)
+    assert log.append(b"x") == 41

@@ -157,3 +157,31 @@ def test_under_any_faults_nothing_is_deleted_that_is_needed(seed: int) -> None:
     end = log.end()
     found = [item.position for item in log.history(start)]
     assert found == list(range(start + 1, end.position + 1))
+
+
+def test_a_span_is_read_while_what_follows_is_half_deleted() -> None:
+    shelf = Shelf()
+    log = make(shelf)
+    for number in range(60):
+        log.append(bytes([number]) * (500 if number % 3 else 30))
+    log.trim(60, b"")
+    for listed in list(log.garbage([(5, 20), (50, 1 << 62)])):
+        MemoryStore(shelf).delete([listed.key])
+        found = []
+        with pytest.raises(NotFoundError):
+            for item in make(shelf).history(5):
+                found.append(item.position)
+        assert found[:15] == list(range(6, 21)), listed.key
+
+
+def test_another_one_deletes_meanwhile() -> None:
+    shelf = Shelf()
+    log, other = make(shelf), make(shelf)
+    for number in range(200):
+        log.append(bytes([number]) * (500 if number % 3 else 30))
+    log.trim(200, b"")
+    found = log.garbage([])
+    next(found)
+    assert delete(shelf, other, []) > 100
+    MemoryStore(shelf).delete([listed.key for listed in found])
+    assert not delete(shelf, log, [])

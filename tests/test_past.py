@@ -236,8 +236,8 @@ def test_a_branch_is_pinned_where_it_begins_also_after_an_earlier_try(
     pool["a"] = 2
     begin = pool.version
     pool.branch(url)
-    (pinned,) = pool.snapshots()
-    assert pinned.version >= begin
+    _, pinned = pool.snapshots()
+    assert pinned.version >= begin and pinned.name.startswith(f"branch at {url}, of version ")
 
 
 def test_version_0_gets_no_name(pool: Any) -> None:

@@ -30,6 +30,7 @@ from support.tracing import Tracee, why_not
 
 _no_tracing = why_not()
 traced = pytest.mark.skipif(bool(_no_tracing), reason=_no_tracing or "can be traced")
+SOAK = os.environ.get("EVERPOOL_SOAK") == "1"
 Pictures = dict[int, dict[str, Any]]
 
 
@@ -504,7 +505,7 @@ def test_killed_at_every_step_of_a_checkpoint(path: Path) -> None:
         raise AssertionError("it never ends")
     call(check_past, path, pictures)
     steps = {step for step, _ in tried}
-    assert deaths > 40 and {"link", "rename", "fsync .part"} <= steps, sorted(steps)
+    assert deaths > 20 and {"link", "rename", "fsync .part"} <= steps, sorted(steps)
 
 
 def killed_somewhere_new(tried: set[tuple[str, int]], function: Any, *args: Any) -> bool:
@@ -514,7 +515,8 @@ def killed_somewhere_new(tried: set[tuple[str, int]], function: Any, *args: Any)
     with ending(tracee):
         while step := tracee.next_step():
             seen[step] = seen.get(step, 0) + 1
-            if (step, seen[step]) not in tried:
+            # In the long run at every step; else at the first few of each kind.
+            if (step, seen[step]) not in tried and (SOAK or seen[step] <= 3):
                 tried.add((step, seen[step]))
                 return True
         tracee.finish()
@@ -564,7 +566,9 @@ def storm(path: Path, notes: Path, seconds: float, seed: int) -> int:
         pictures = noted(notes)
         some = choose.sample(sorted(pictures), min(6, len(pictures)))
         call(check_past, path, {version: pictures[version] for version in some})
-    call(check_past, path, noted(notes))
+    pictures = noted(notes)
+    some = choose.sample(sorted(pictures), min(80, len(pictures)))
+    call(check_past, path, {version: pictures[version] for version in some})
     with everpool.open(path) as pool:
         assert pool.verify().ok
     return deaths
@@ -574,7 +578,7 @@ def test_every_version_is_there_after_a_storm_of_kills(path: Path, tmp_path: Pat
     with everpool.open(path) as pool:
         pool.checkpoint()
     (tmp_path / "notes").touch()
-    assert storm(path, tmp_path / "notes", seconds=10, seed=random.randrange(1 << 30)) > 5
+    assert storm(path, tmp_path / "notes", seconds=6, seed=random.randrange(1 << 30)) > 3
 
 
 def fill_up(disk: Disk) -> int:

@@ -38,7 +38,7 @@ from support.power_loss_script import (
 from support.power_loss_workload import POOL, Order
 from support.processes import Worker, call, ending
 
-pytestmark = pytest.mark.fuse
+pytestmark = [pytest.mark.fuse, pytest.mark.xdist_group("power loss")]
 
 FIRST, LATER = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))  # boots before and after a cut
 INDEX, MEMORY, STAGING = f"{POOL}/index/data.mdb", f"{POOL}/memory*", f"{POOL}/staging*"

@@ -222,7 +222,7 @@ class Retain(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
 
 class Restore(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=13):
-    """Say that this record names objects again which were in use at `version`."""
+    """Say that this record puts values again which were in use at `version`."""
 
     version: int
 

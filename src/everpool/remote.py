@@ -297,10 +297,13 @@ class RemoteEngine:
 
         def pin() -> None:
             name = f"branch at {without_secrets(url)}"
+            self.sync()
             known = {one.name: one.version for one in snapshots_of(self)}
-            if known.get(name) != version:
-                operations: list[Operation] = [Unpin(name)] if name in known else []
-                self._commit(*operations, Pin(name, version))
+            if known.get(name, version) != version:
+                # A branch may need that one, which was faster, or is where this URL's query led.
+                name = f"{name}, of version {version}"
+            if name not in known:
+                self._commit(Pin(name, version))
 
         try:
             branch(past, self.url, url, pin)

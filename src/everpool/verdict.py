@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from everpool.collection import Horizon, refusal, upload_version
+from everpool.collection import Horizon, is_collected, refusal, upload_version
 from everpool.records import (
     MAX_MEMORY_BYTES,
     NUMBER_BYTES,
@@ -523,7 +523,7 @@ class Judge:
         floor, checkpoint, horizon = self.floor, self.checkpoint, self.horizon
         pins: dict[str, int] | None = None
         fenced: dict[bytes, SessionState] = {}
-        restoring = False
+        restored = 0  # what is older than that is named again
 
         def binding(name: str) -> Binding | None:
             if not is_name(name):
@@ -545,11 +545,13 @@ class Judge:
                 )
             return id
 
-        def stored(payload: Payload) -> Payload:
+        def stored(payload: Payload, bound: bool = False) -> Payload:
             if not can_be_stored(payload):
                 raise _Refused(Verdict.INVALID, "a reference that cannot be one")
-            if isinstance(payload, Reference) and horizon.start and not restoring:
-                _check_upload(upload_version(payload.file), horizon)
+            if isinstance(payload, Reference) and horizon.start:
+                began = upload_version(payload.file)
+                if not bound or began >= restored:
+                    _check_upload(began, horizon)
             return payload
 
         for operation in record.operations:
@@ -562,7 +564,8 @@ class Judge:
                 old = binding(name)
                 if old is not None and old.size >= 0:
                     raise _Refused(Verdict.EXISTS, f"memory {name!r}")
-                payload = stored(operation.payload)
+                # Of what is restored, values are known; memory was uploaded for this.
+                payload = stored(operation.payload, bound=True)
                 effects.append(Bind(name, next_id, payload, old.id if old else 0))
                 overlay[name] = Binding(next_id, -1)
                 next_id += 1
@@ -609,24 +612,29 @@ class Judge:
                 if pins is None:
                     pins = dict(catalog.pins())
                 if isinstance(operation, Collect):
+                    if not all(is_collected(key) for key in operation.dead):
+                        raise _Refused(Verdict.INVALID, "an object that is not to be collected")
                     why = refusal(operation, checkpoint, horizon, pins.values(), self.version)
                     if why is not None:
                         raise _Refused(Verdict.CONFLICT, why)
-                    if not all(_is_key(key) for key in operation.dead):
-                        raise _Refused(Verdict.INVALID, "a key that cannot be one")
+                    voided = horizon.voided
+                    if operation.start > horizon.start:
+                        voided = self.version
                     horizon = msgspec.structs.replace(
-                        horizon, kept=operation.kept, start=operation.start
+                        horizon, kept=operation.kept, start=operation.start, voided=voided
                     )
                     effects.append(SetHorizon(horizon, operation))
                 elif isinstance(operation, Restore):
                     horizon = self._restored(operation, horizon, pins)
-                    restoring = True
+                    restored = operation.version
                     effects.append(SetHorizon(horizon, None))
                 else:
                     effects.append(self._pin(operation, pins, horizon))
             elif isinstance(operation, Retain):
                 if operation.age_ns < 0 or operation.versions < 0:
                     raise _Refused(Verdict.INVALID, "less than nothing to keep")
+                if operation.age_ns > horizon.age_ns or operation.versions > horizon.versions:
+                    horizon = msgspec.structs.replace(horizon, restored=self.version)
                 horizon = msgspec.structs.replace(
                     horizon, age_ns=operation.age_ns, versions=operation.versions
                 )

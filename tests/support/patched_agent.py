@@ -20,6 +20,7 @@ A trap snaps once. The points, in the order of a checkpoint:
 
 in that of a collection,
 
+    planned     what is to be kept is known
     listed      what is dead is known
     decided     a record that says so is committed, and played here
     deleted     one object is deleted
@@ -187,7 +188,8 @@ def install_traps() -> None:
     after(BucketLog, "trim", lambda *_: strike("trimmed"))
     vars(collector)["_DELETED_AT_ONCE"] = 1
     vars(collector)["MOST_COLLECTED"] = 3
-    after(collector.Collector, "_look", lambda *_: strike("listed"))
+    after(collector.Collector, "_look", lambda *_: strike("planned"))
+    after(collector.Collector, "_compare", lambda *_: strike("listed"))
     after(collector.Collector, "_decide", lambda *_: strike("decided"))
     after(DirectoryStore, "delete", lambda *_: strike("deleted"))
 

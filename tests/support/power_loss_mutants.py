@@ -171,8 +171,8 @@ def memory_before_index() -> None:
 @mutant
 def trimmed_before_flush() -> None:
     def reversed_flush(self: Committer) -> None:
-        version, written = self._holding_lock(self._flusher.begin)
-        self._holding_lock(lambda: self._flusher.commit(Flushed(version, {})))
+        version, written = self.holding_lock(self._flusher.begin)
+        self.holding_lock(lambda: self._flusher.commit(Flushed(version, {})))
         self._flusher.sync(version, written)
 
     Committer.flush = reversed_flush  # type: ignore[method-assign]

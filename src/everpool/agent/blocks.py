@@ -198,7 +198,12 @@ class BlockMemories:
         return found
 
     def _data(self, payload: Payload) -> bytes | memoryview:
-        return payload if isinstance(payload, bytes) else self.replica.bulk.map(payload)
+        if isinstance(payload, bytes):
+            return payload
+        try:
+            return self.replica.bulk.map(payload)
+        except NotFoundError as error:  # which would say that the object is gone
+            raise CorruptionError(f"{error.message}: restore it from a copy") from error
 
     def written_extents(self, id: int) -> list[tuple[int, int]]:
         """Return the parts of an object that were ever written to, in whole blocks."""

@@ -4,14 +4,15 @@ Every agent may be one, and any number at once are harmless: what is let go of, 
 by `Collect` records in the log (see `everpool.collection`).
 
     make a checkpoint, where somebody waits for the collection
-    list the store; what began long ago and is named by nothing in the newest state is dead
-    commit a record that says so, and what is kept; it tells what nothing needs any more
+    commit a record that says what is kept, upon which uploads from before are void
+    list the store; what is that old and is named by nothing in the newest state is dead
+    commit a record that says so; it tells what nothing needs any more
     delete that, and what of the log's archive only older versions need
 
 Whoever dies in between leaves objects that the next collection finds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,10 +22,10 @@ from everpool.agent.host import Host
 from everpool.collection import (
     MOST_COLLECTED,
     Plan,
-    is_needed,
-    place_of,
+    Unneeded,
+    needed_spans,
     plan,
-    upload_version,
+    unneeded,
 )
 from everpool.errors import UnavailableError
 from everpool.records import Collect, Record, Reference, Write
@@ -38,7 +39,6 @@ from everpool.verdict import Verdict
 
 _FOLDERS = ("checkpoints", "index", "pages", "values")
 _DELETED_AT_ONCE = 1000
-_END = 1 << 62
 
 
 class Progress:
@@ -53,14 +53,15 @@ class Progress:
         self.kept = 0
 
 
-class _Found(NamedTuple):
+class _Look(NamedTuple):
+    """The newest state, and what is to be kept from there on."""
+
     state: State
     places: list[Past]
-    pins: list[int]
     plan: Plan
-    # Keys of dead objects, and of those which were dead before, with their sizes.
-    dead: dict[str, int]
-    gone: dict[str, int]
+    live: set[str]
+    # Dead objects, with the versions between which they lived.
+    dead_before: dict[str, tuple[int, int]]
 
 
 class Collector:
@@ -78,77 +79,96 @@ class Collector:
         With `dry_run` nothing is changed, and `progress` tells what would be. Raises
         `UnavailableError` when the store or the log is away, or when somebody else was faster.
         """
-        host = self._host
-        host.adopt()
-        found = self._look()
-        if found is None:
+        look = self._look()
+        if look is None:
             return 0
-        progress, state = self.progress, found.state
-        progress.kept = found.plan.kept
+        if dry_run:
+            return self._tell(look)
+        progress = self.progress
+        first: dict[str, int] = {}
+        self._begin_at(look)
+        if look.plan.start > look.state.horizon.start:
+            # What this makes void is found dead in a state from behind it.
+            first.update(dict.fromkeys(self._decide(look, []), 0))
+            look = self._look()
+            assert look is not None, "there was a checkpoint"
+            self._begin_at(look)
+        found = self._compare(look, look.state.horizon.start, first)
+        self._delete(first.items())
+        progress.kept = look.plan.kept
         progress.dead += len(found.dead)
         progress.dead_bytes += sum(found.dead.values())
-        if dry_run:
-            progress.deleted += len(found.gone)
-            progress.deleted_bytes += sum(found.gone.values())
-            for listed in host.log.garbage(self._spans(found)):
-                progress.deleted += 1
-                progress.deleted_bytes += listed.size
-            return len(found.dead)
-        # New hosts must not begin with what is about to go.
-        if host.log.end().start.decode() != state.manifest and found.places[-1].position:
-            host.log.trim(found.places[-1].position, state.manifest.encode())
         left = list(found.dead)
-        changed = found.plan[:2] != (state.horizon.kept, state.horizon.start)
+        changed = look.plan[:2] != (look.state.horizon.kept, look.state.horizon.start)
         while left or found.gone or changed:
-            gone = self._decide(found, left[:MOST_COLLECTED])
+            gone = self._decide(look, left[:MOST_COLLECTED])
             self._delete((key, found.gone.pop(key, 0)) for key in gone)
             left, changed = left[MOST_COLLECTED:], False
             if not gone:
                 found.gone.clear()  # it is needed again, or somebody else deletes it
-        spans = self._spans(found)
-        self._delete((listed.key, listed.size) for listed in host.log.garbage(spans))
+        spans = needed_spans(look.places, look.plan)
+        self._delete((listed.key, listed.size) for listed in self._host.log.garbage(spans))
         return len(found.dead)
 
-    def _look(self) -> _Found | None:
-        """List the store, and compare it with the newest state; None without a checkpoint."""
+    def _begin_at(self, look: _Look) -> None:
+        """Let new hosts not begin with what is about to go."""
+        log, newest = self._host.log, look.places[-1].position
+        if log.end().start.decode() != look.state.manifest and newest:
+            log.trim(newest, look.state.manifest.encode())
+
+    def _tell(self, look: _Look) -> int:
+        """Note what a collection would come to; returns how many objects would be dead."""
+        progress, found = self.progress, self._compare(look, look.plan.start, {})
+        progress.kept = look.plan.kept
+        progress.dead += len(found.dead)
+        progress.dead_bytes += sum(found.dead.values())
+        progress.deleted += len(found.gone)
+        progress.deleted_bytes += sum(found.gone.values())
+        for listed in self._host.log.garbage(needed_spans(look.places, look.plan)):
+            progress.deleted += 1
+            progress.deleted_bytes += listed.size
+        return len(found.dead)
+
+    def _look(self) -> _Look | None:
+        """Read the newest state; None without a checkpoint."""
         host = self._host
+        host.adopt()
         index = host.replica.index
         with index.env.begin(buffers=True) as txn:
             state = index.state(txn)
             if not state.manifest:
                 return None
-            if state.checkpoint != host.flushed:
+            if state.checkpoint != state.flushed:
                 raise UnavailableError("the newest checkpoint is not taken over yet: try again")
             pins = [pin.version for _, pin in index.pins(txn)]
             dead_before = {key: (began, dead) for key, began, dead in index.garbage(txn)}
-            live = self._live(txn)
+            live = self._live(txn, state.flushed)
         manifest = read_manifest(host.store, state.manifest)
         places = self._places(manifest, state.manifest)
         live.update((state.manifest, *(run.key for run in manifest.runs)))
         planned = plan(places, pins, state.horizon, state.version, state.time_ns)
-        dead: dict[str, int] = {}
-        gone: dict[str, int] = {}
-        for folder in _FOLDERS:
-            for listed in host.store.list(folder):
-                self.progress.listed += 1
-                key = listed.key
-                if key in dead_before:
-                    if not is_needed(*dead_before[key], planned.start, planned.islands):
-                        gone[key] = listed.size
-                elif key not in live and upload_version(key) < planned.start:
-                    dead[key] = listed.size
-        for key, life in dead_before.items():  # those that were deleted already
-            if key not in gone and not is_needed(*life, planned.start, planned.islands):
-                gone[key] = 0
-        return _Found(state, places, pins, planned, dead, gone)
+        return _Look(state, places, planned, live, dead_before)
 
-    def _live(self, txn: lmdb.Transaction) -> set[str]:
+    def _compare(self, look: _Look, start: int, let_go: dict[str, int]) -> Unneeded:
+        """List the store, and compare it with the newest state; `let_go` gets its sizes."""
+        return unneeded(self._listed(let_go), look.live, look.dead_before, start, look.plan)
+
+    def _listed(self, let_go: dict[str, int]) -> Iterator[tuple[str, int]]:
+        for folder in _FOLDERS:
+            for listed in self._host.store.list(folder):
+                self.progress.listed += 1
+                if listed.key in let_go:
+                    let_go[listed.key] = listed.size
+                else:
+                    yield listed.key, listed.size
+
+    def _live(self, txn: lmdb.Transaction, flushed: int) -> set[str]:
         """Return the keys of all pages and values that the newest state names."""
         index = self._host.replica.index
         live = {key_of_value(file) for file in index.bulk_files(txn)}
         live.update(key_of_pages(read_page_row(row).segment) for row in index.page_rows(txn))
         # What was stored in memory since the checkpoint.
-        for _, row in index.tail_after(txn, self._host.flushed):
+        for _, row in index.tail_after(txn, flushed):
             for record in entry_of(row).records:
                 for operation in record.operations:
                     if isinstance(operation, Write) and isinstance(operation.payload, Reference):
@@ -159,32 +179,14 @@ class Collector:
         places = [*manifest.past, manifest.place(key)]
         return places if self._host.is_branch else [Past(0, 0, 0, ""), *places]
 
-    def _decide(self, found: _Found, dead: list[str]) -> list[str]:
+    def _decide(self, look: _Look, dead: list[str]) -> list[str]:
         """Commit a `Collect`; returns the keys of what may be deleted."""
-        state, planned = found.state, found.plan
-        operation = Collect(
-            state.version,
-            state.checkpoint,
-            planned.kept,
-            planned.start,
-            planned.islands,
-            dead,
-        )
+        state, planned = look.state, look.plan
+        operation = Collect(state.version, state.checkpoint, *planned, dead)
         result = self._commit(Record(state.version, [], [], [], [operation]))
         if result.verdict is not Verdict.COMMITTED:
             raise UnavailableError(f"nothing more was collected: {result.detail}: try again")
         return [key for old in result.old for key in keys_in(old)]
-
-    def _spans(self, found: _Found) -> list[tuple[int, int]]:
-        """Return which positions of the log are needed: behind the first, up to the second."""
-        places = found.places
-        spans = [(place_of(places, found.plan.start).position, _END)]
-        for first, pin in found.plan.islands:
-            at = next((at for at, place in enumerate(places) if place.version == first), None)
-            if at is not None:
-                end = next((p.position for p in places[at:] if p.version >= pin), _END)
-                spans.append((places[at].position, end))
-        return spans
 
     def _delete(self, objects: Iterable[tuple[str, int]]) -> None:
         following = iter(objects)

@@ -32,6 +32,7 @@ from msgspec.structs import replace
 from everpool.agent.blocks import BlockMemories
 from everpool.agent.pools import read_marker
 from everpool.agent.values import CachedValues
+from everpool.collection import upload_version
 from everpool.errors import (
     CorruptionError,
     EverpoolError,
@@ -157,9 +158,10 @@ class Host:
     def _play(self, item: Appended) -> None:
         try:
             played = self.player.play(item.position, item.time_ns, item.entry, self._flushed)
-        except CorruptionError as error:
+        except (CorruptionError, NotFoundError) as error:
             if "base" in error.facts and not self._is_new:
                 self.leave(error.message)
+            self._leave_when_behind(error)
             raise
         self.blocks.note(self.version, played.batch.applied)
         self._position = item.position
@@ -170,6 +172,15 @@ class Host:
         if played.entry.session == self._session:
             for result in played.results:
                 self._results.setdefault(result.id, result)
+
+    def _leave_when_behind(self, error: EverpoolError) -> None:
+        """Leave when what cannot be played is older than what new hosts begin with.
+
+        What it takes may have been collected, also while the log still has it.
+        """
+        start = self._asked(self.log.end).start.decode()
+        if upload_version(start) > self.version:
+            self.leave(f"what it would play was collected, new hosts begin with {start}: {error}")
 
     def append(self, entry: bytes) -> int:
         """Append to the log; returns the position."""
@@ -263,10 +274,11 @@ class Host:
 
     def sync(self) -> int:
         """Play everything that was committed anywhere before the call; returns the version."""
+        played = self._position  # others may play on while the log is asked
         end = self._asked(self.log.end)
-        if end.position < self._position:
+        if end.position < played:
             self._check_marker()  # an empty bucket has an empty log
-            self.leave(f"the log ends at {end.position}, it was played up to {self._position}")
+            self.leave(f"the log ends at {end.position}, it was played up to {played}")
         self.play(end.position)
         return self.version
 
@@ -278,11 +290,11 @@ class Host:
 
     def fetch(self, id: int, ranges: list[tuple[int, int]]) -> None:
         """Bring blocks of memory in; see `BlockMemories.fill`."""
+        before = self._flushed
         try:
             self.blocks.fill(id, ranges)
         except CorruptionError:
-            # Pages of an old checkpoint may have been collected.
-            before = self._flushed
+            # What an old checkpoint and the entries behind it take may have been collected.
             self.sync()
             self.adopt()
             if self._flushed == before:
@@ -353,8 +365,16 @@ class Host:
         """Make a new replica, from the checkpoint that the log begins at."""
         if self._pool is None:
             raise UnavailableError("there is no replica yet, and the pool is out of reach")
-        start = self._asked(self.log.end).start.decode() or self._start
-        return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, start)
+        start = self._asked(self.log.end).start.decode()
+        while True:
+            first = start or self._start
+            try:
+                return make_replica(self.folder, uuid.uuid4().hex, self.store, self._pool, first)
+            except NotFoundError:
+                # Others have made checkpoints since, and collected this one.
+                before, start = start, self._asked(self.log.end).start.decode()
+                if start == before:
+                    raise
 
     def _open(self, path: Path) -> None:
         page = SharedPage(path / "shared", writable=False)
@@ -446,11 +466,10 @@ def _fill(index: Index, store: Store, pool: bytes, start: str) -> int:
         state.pool, state.position = pool, manifest.position
         if not manifest.position:
             state.checkpoint, state.manifest = manifest.version, start
-            # What the parent has let go of, and its objects, are the parent's business.
             version = manifest.version
-            state.horizon = replace(state.horizon, kept=version, start=version, restored=0)
-            for key in [key for key, _, _ in index.garbage(txn)]:
-                index.drop_garbage(txn, key)
+            state.horizon = replace(
+                state.horizon, kept=version, start=version, restored=0, voided=version
+            )
         state.flushed = manifest.version
         index.put_state(txn, state)
         return state.version

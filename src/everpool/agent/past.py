@@ -17,6 +17,7 @@ from everpool.agent.checking import Check
 from everpool.agent.host import LOG, make_replica
 from everpool.agent.scratch import Scratch
 from everpool.agent.values import CachedValues
+from everpool.collection import end_of
 from everpool.commit import Submission
 from everpool.errors import InvalidError, NotFoundError
 from everpool.log import Appended
@@ -82,12 +83,19 @@ class History:
         found = [place for place in self.places if place.time_ns <= time_ns]
         place = found[-1] if found else self.places[0]
         version = place.version
-        # What was collected cannot be looked at, wherever in there the time is.
-        with contextlib.suppress(NotFoundError):
-            for item in self._log.history(place.position):
+        end = next((one.position for one in self.places if one.time_ns > time_ns), None)
+        try:
+            for item in self._log.history(place.position, end):
                 if item.time_ns > time_ns:
                     break
                 version += len(decode_entry(item.entry).records)
+        except NotFoundError as error:
+            # The next version is younger when the next place is its.
+            if not any(later.version == version + 1 for later in self.places):
+                raise InvalidError(
+                    "what the pool was at that time was collected: snapshots tell which versions "
+                    "of that age are kept"
+                ) from error
         return version
 
     def play(self, player: Player, blocks: BlockMemories, place: Past, version: int) -> None:
@@ -95,7 +103,7 @@ class History:
         reached = place.version
         if reached == version:
             return
-        for item in self._log.history(place.position):
+        for item in self._log.history(place.position, end_of(self.places, version)):
             entry = decode_entry(item.entry)
             data = item.entry
             if reached + len(entry.records) > version:

@@ -190,6 +190,11 @@ def files_in(key: bytes, row: bytes) -> list[str]:
     return [row.reference().file for row in rows if row.kind == BULK]
 
 
+def is_dead_object(key: bytes) -> bool:
+    """Whether the row with that key tells of an object that nothing names any more."""
+    return key[:1] == _GARBAGE
+
+
 def key_of(number: int) -> bytes:
     """Return a key that sorts as the number does."""
     return number.to_bytes(8, "big")

@@ -45,6 +45,8 @@ class Player(Applier):
         self._hashes: OrderedDict[int, bytes] = OrderedDict()
         # Version, and bytes of the tail.
         self.progress = (0, 0)
+        # What is in the index and not wholly in memory, and its position.
+        self._unfinished: tuple[int, Played] | None = None
 
     def recover(self) -> None:
         """Finish what a dead player left undone. Costs what was undone."""
@@ -69,11 +71,15 @@ class Player(Applier):
         Memory up to version `flushed` can be had without the tail. Raises `CorruptionError` when
         the entry is damaged or was written by a replica with another history, `InvalidError` when
         this version is too old for it, and `UnavailableError` when it should be tried again.
+        Whatever it raises, an entry that is played again counts once.
         """
         entry = decode_entry(data)
         shared = self._replica.shared
         if shared.started != shared.applied:
             self.recover()
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None and unfinished[0] == position:
+            return unfinished[1]
         try:
             txn = self._replica.index.env.begin(write=True, buffers=True)
         except lmdb.Error as error:
@@ -100,15 +106,18 @@ class Player(Applier):
         self._hashes[position] = state.hash
         if len(self._hashes) > _REMEMBERED_HASHES:
             self._hashes.popitem(last=False)
+        played = Played(entry, results, batch)
+        self._unfinished = position, played
         for effect, resolved in batch.applied:
             self._apply(effect, resolved)
         for file in batch.trimmed:
             self._replica.bulk.remove(file)
+        self._unfinished = None
         shared.applied = state.version
         shared.wake()
         self._know(number, batch)
         self.progress = (state.version, state.tail_bytes)
-        return Played(entry, results, batch)
+        return played
 
     def knows(self, position: int, hash: bytes) -> bool:
         """Whether the log's running hash at `position` was that, as far as is remembered."""

@@ -167,7 +167,8 @@ def check_key(key: str) -> None:
     parts = key.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise InvalidError(f"{key!r} is no key: it must be a relative path without empty parts")
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in key):
+    plain = key.isascii() and key.isprintable()
+    if not plain and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in key):
         raise InvalidError(f"{key!r} is no key: it has a control character")
     if len(key.encode()) > _KEY_BYTES:
         raise InvalidError(f"{key[:40]!r}... is no key: it has more than {_KEY_BYTES} bytes")

@@ -217,7 +217,7 @@ class MemoryReplica:
     ) -> None:
         self.disk = Disk() if disk is None else disk
         self.forgetful = forgetful
-        self._files: Mapping[str, bytes] = files or {}
+        self._files: Mapping[str, bytes] = {} if files is None else files
         index = self.disk.index
         writes = Writes.load(index.old_writes)
         for version, effects in index.recent:

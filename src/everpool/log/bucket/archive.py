@@ -59,36 +59,41 @@ class Archive:
             if found and size > limit_bytes:
                 break
             found.append((position, stored))
-        return self._with_bodies(found)
+        return list(self._with_bodies(found))
 
-    def _with_bodies(self, found: Sequence[tuple[int, Stored]]) -> list[Appended]:
-        bodies = self._map(self._body, [stored for _, stored in found])
-        return [
-            Appended(position, stored.time_ns, body)
-            for (position, stored), body in zip(found, bodies, strict=True)
-        ]
+    def _with_bodies(self, found: Sequence[tuple[int, Stored]]) -> Iterator[Appended]:
+        """Yield the entries up to the first one that is gone; raises `NotFoundError` there."""
+        bodies = self._map(self._body_if_there, [stored for _, stored in found])
+        for (position, stored), body in zip(found, bodies, strict=True):
+            if isinstance(body, NotFoundError):
+                raise body
+            yield Appended(position, stored.time_ns, body)
 
     def history(self, head: Head, after: int, last: int) -> Iterator[Appended]:
         """Yield the entries behind `after` up to `last`, trimmed or not.
 
-        Raises `NotFoundError` behind the last one that is there.
+        Of what follows nothing is looked at. Before an entry that is gone raises, all that is there
+        before it is yielded, for whoever wants no more.
         """
         found: list[tuple[int, Stored]] = []
         size = 0
+        gone: NotFoundError | None = None
         entries = self._all(head, after, _HISTORY_BYTES)
-        try:
-            for position, stored in entries:
-                if position > last:
-                    break
-                found.append((position, stored))
+        while after < last:
+            try:
+                after, stored = next(entries, (last, None))
+            except NotFoundError as error:
+                gone = error
+                break
+            if stored is not None:
+                found.append((after, stored))
                 size += stored.size
-                if size >= _HISTORY_BYTES:
-                    yield from self._with_bodies(found)
-                    found, size = [], 0
-        except NotFoundError:
-            yield from self._with_bodies(found)
-            raise
+            if size >= _HISTORY_BYTES:
+                yield from self._with_bodies(found)
+                found, size = [], 0
         yield from self._with_bodies(found)
+        if gone is not None:
+            raise gone
 
     def keys(self, head: Head, after: int) -> Iterator[str]:
         """Yield the keys, below the log's prefix, of what holds the entries behind `after`, which
@@ -124,7 +129,7 @@ class Archive:
             if span is None or span[1] > limit or _meets(span, kept):
                 continue
             # Its large entries first: nothing else tells of them.
-            for stored in self._chunk(_reference(listed, span), head.log_id):
+            for stored in self._chunk_if_there(listed, span, head):
                 if stored.data is None:
                     key = f"{self._prefix}/{stored.key}"
                     yield Listed(key, stored.size, listed.modified_ns)
@@ -152,7 +157,7 @@ class Archive:
         for listed in self._store.list(f"{self._prefix}/{CHUNKS}") if found else ():
             span = parse_span(listed.key)
             if span is not None and span[1] > first and (span[1] > limit or _meets(span, kept)):
-                for stored in self._chunk(_reference(listed, span), head.log_id):
+                for stored in self._chunk_if_there(listed, span, head):
                     found.pop(stored.id, None)
         for stored in head.entries:
             found.pop(stored.id, None)
@@ -235,6 +240,13 @@ class Archive:
             reference.size,
         )
 
+    def _chunk_if_there(self, listed: Listed, span: Span, head: Head) -> list[Stored]:
+        """Return a chunk's entries; none when others deleted it, and so its large entries."""
+        try:
+            return self._chunk(_reference(listed, span), head.log_id)
+        except NotFoundError:
+            return []
+
     def _table(self, reference: Reference, log_id: bytes) -> list[Reference]:
         return self._cache.get(
             reference.key,
@@ -256,6 +268,12 @@ class Archive:
             return data
 
         return self._cache.get(key, fetch, stored.size)
+
+    def _body_if_there(self, stored: Stored) -> bytes | NotFoundError:
+        try:
+            return self._body(stored)
+        except NotFoundError as error:
+            return error
 
     def _fetch(self, key: str) -> bytes:
         return self._store.get(f"{self._prefix}/{key}").data

@@ -7,6 +7,8 @@ seed:
 
     simulate(17)                                   # raises `Violation`: "seed 17: ..."
     simulate(17, replica_type=ReplicaWithoutARule)
+
+What is kept in an object store, and deleted from it, has a simulation of its own: `store`.
 """
 
 from collections import Counter

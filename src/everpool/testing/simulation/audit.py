@@ -6,6 +6,7 @@ transaction sees there what it saw when it ran, the history was serializable in 
 
 import math
 import struct
+from collections.abc import Mapping
 
 from everpool.log import Appended
 from everpool.records import (
@@ -27,9 +28,10 @@ from everpool.testing.simulation.workload import ACCOUNTS, CELL, OPENING_BALANCE
 class Model:
     """The pool as one would write it without thinking of failures."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
         self.names: dict[str, tuple[int, Payload | None]] = {}
         self.memory: dict[int, bytearray] = {}
+        self._files: Mapping[str, bytes] = {} if files is None else files
         self._next_id = 1
 
     def bound(self, name: str) -> tuple[int, Payload | None] | None:
@@ -61,8 +63,8 @@ class Model:
                     self.names[name] = (created[-1], None)
                     self.memory[created[-1]] = bytearray(size)
                 case Write(object, offset, payload):
-                    assert isinstance(payload, bytes)
-                    self._store(created, object, offset, payload)
+                    data = payload if isinstance(payload, bytes) else self._files[payload.file]
+                    self._store(created, object, offset, data)
                 case FetchAdd(object, offset, dtype, delta):
                     id = created[-object - 1] if object < 0 else object
                     old = self.bytes_of(id, offset, offset + len(delta)) or b""
@@ -92,8 +94,8 @@ def audit(witness: Witness, replicas: list[MemoryReplica], fresh: MemoryReplica)
     """
     _compare_replicas(witness, replicas, fresh)
     decided = [one for position in sorted(witness.decided) for one in witness.decided[position][1]]
-    _check_versions(witness.history, decided)
-    _check_told(witness, decided)
+    check_versions(witness.history, decided)
+    check_told(witness, decided)
     model = _execute(witness, decided)
     _compare_bytes(model, fresh)
 
@@ -118,7 +120,7 @@ def _compare_replicas(
         demand(replica.checkpoint() == final, f"the replica that began at {position} is another")
 
 
-def _check_versions(history: list[Appended], decided: list[Decided]) -> None:
+def check_versions(history: list[Appended], decided: list[Decided]) -> None:
     """Every record counts one version; every id takes effect once, in the session's order."""
     ids = [
         RecordId(entry.session, entry.first_sequence + at)
@@ -137,7 +139,7 @@ def _check_versions(history: list[Appended], decided: list[Decided]) -> None:
             last[session] = sequence
 
 
-def _check_told(witness: Witness, decided: list[Decided]) -> None:
+def check_told(witness: Witness, decided: list[Decided]) -> None:
     """Whatever anybody was told about a record is what the log says, and stays so."""
     truth = {one.id: one for one in decided if committed(one)}
     for id, answers in witness.told.items():

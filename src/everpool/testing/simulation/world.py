@@ -54,7 +54,8 @@ class Clock:
 
     def step(self) -> None:
         """Go on to the next call."""
-        self.now, _, call = heapq.heappop(self._due)
+        due, _, call = heapq.heappop(self._due)
+        self.now = max(self.now, due)
         call()
 
 
