@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from everpool.collection import Plan, needed_places, place_of, plan
+from everpool.collection import Plan, end_of, needed_places, place_of, plan
 from everpool.errors import CorruptionError, NotFoundError
 from everpool.past.entries import PathEntries
 from everpool.past.folder import PastFolder
@@ -279,8 +279,8 @@ def _spans(needed: list[Past], known: list[Past], planned: Plan) -> list[Span]:
     spans = [(place_of(needed, planned.kept).position, _END)]
     for first, pin in planned.islands:
         if first >= needed[0].version:
-            end = next((place.position for place in known if place.version >= pin), _END)
-            spans.append((place_of(needed, first).position, end))
+            end = end_of(known, pin)
+            spans.append((place_of(needed, first).position, _END if end is None else end))
     return spans
 
 
