@@ -250,7 +250,7 @@ def test_no_key_stops_a_replica(pool: Any, key: str) -> None:
     pool.collect()
     state = pool.engine().replica.state()
     kept = state.horizon
-    collect = Collect(state.version, state.checkpoint, kept.kept, kept.start, [], [key])
+    collect = Collect(state.version, kept.kept, kept.start, [], [key])
     with pytest.raises(InvalidError, match="not to be collected"):
         pool.engine().write(Record(pool.version, [], [], [], [collect]), []).version()
     pool["b"] = 1

@@ -817,13 +817,13 @@ def upload(began: int) -> Reference:
 def test_a_collection_that_was_planned_before_more_was_to_be_kept_is_refused() -> None:
     story = Story(Retain(0, 0))
     story.does(ONE)
-    collect = Collect(story.version, 0, 1, 0, [], [])
+    collect = Collect(story.version, 1, 0, [], [])
     story.does(Retain(0, 0))
     story.does(collect)
     story.does(Retain(0, 5))
     refused = story.decide(collect)
     assert refused.verdict is Verdict.CONFLICT and "more is needed" in refused.detail
-    story.does(Collect(story.version, 0, 1, 0, [], []))
+    story.does(Collect(story.version, 1, 0, [], []))
 
 
 def test_what_a_record_may_still_name_is_not_dead() -> None:
@@ -832,11 +832,11 @@ def test_what_a_record_may_still_name_is_not_dead() -> None:
         story.does(ONE)
     story.does(Checkpoint(8, "key", 0, 8))
     late = f"values/{upload(5).file}"
-    refused = story.decide(Collect(story.version, 8, 8, 8, [], [late]))
+    refused = story.decide(Collect(story.version, 8, 8, [], [late]))
     assert refused.verdict is Verdict.CONFLICT and "named yet" in refused.detail
-    story.does(Collect(story.version, 8, 8, 8, [], []))
+    story.does(Collect(story.version, 8, 8, [], []))
     assert story.decide(Put("late", upload(5))).verdict is Verdict.CONFLICT
-    story.does(Collect(story.version, 8, 8, 8, [], [late]))
+    story.does(Collect(story.version, 8, 8, [], [late]))
 
 
 def test_a_restore_names_old_values_again_and_nothing_else() -> None:
@@ -845,7 +845,7 @@ def test_a_restore_names_old_values_again_and_nothing_else() -> None:
         story.does(ONE)
     story.index.snapshots["early"] = 4
     story.does(Checkpoint(9, "key", 0, 9))
-    story.does(Collect(story.version, 9, 9, 9, [(0, 4)], []))
+    story.does(Collect(story.version, 9, 9, [(0, 4)], []))
     memory = Allocate("memory", 9, b"")
     story.does(Restore(4), Put("old", upload(3)), memory, Write(-1, 0, upload(9)))
     refused = story.decide(Restore(4), Delete("memory"), memory, Write(-1, 0, upload(8)))

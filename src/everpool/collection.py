@@ -126,8 +126,6 @@ def refusal(
 
     `checkpoint` is the version of the newest checkpoint.
     """
-    if record.checkpoint != checkpoint:
-        return f"there is a checkpoint of version {checkpoint} by now"
     if horizon.restored > record.version:
         return f"more is needed since version {horizon.restored}"
     if not horizon.kept <= record.kept < now or not horizon.start <= record.start <= record.kept:

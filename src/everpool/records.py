@@ -203,11 +203,10 @@ class Collect(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
 
     Replicas begin at `start`, or, for a snapshot, at the first version of an island, which ends
     with the snapshot's. `dead` are the keys of objects that nothing names any more. All this was
-    worked out at version `version`, under the newest checkpoint, that of version `checkpoint`.
+    worked out at version `version`.
     """
 
     version: int
-    checkpoint: int
     kept: int
     start: int
     islands: list[tuple[int, int]]

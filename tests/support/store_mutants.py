@@ -83,8 +83,6 @@ def _refusal_without(
     ) -> str | None:
         if "restored" in changes:
             horizon = msgspec.structs.replace(horizon, restored=0)
-        if "checkpoint" in changes:
-            record = msgspec.structs.replace(record, checkpoint=checkpoint)
         if "dead" in changes:
             record = msgspec.structs.replace(record, dead=[])
         return refusal(record, checkpoint, horizon, () if "pins" in changes else pins, now)
@@ -190,7 +188,7 @@ class DecidesByAnOldLook(Collector):
 
     def decide(self, look: Look, dead: list[str]) -> Generator[int, None, list[str] | None]:
         index = self.host.replica.disk.index
-        look = look._replace(version=index.version, checkpoint=index.newest_checkpoint[0])
+        look = look._replace(version=index.version)
         return (yield from super().decide(look, dead))
 
 

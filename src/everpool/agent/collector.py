@@ -182,7 +182,7 @@ class Collector:
     def _decide(self, look: _Look, dead: list[str]) -> list[str]:
         """Commit a `Collect`; returns the keys of what may be deleted."""
         state, planned = look.state, look.plan
-        operation = Collect(state.version, state.checkpoint, *planned, dead)
+        operation = Collect(state.version, *planned, dead)
         result = self._commit(Record(state.version, [], [], [], [operation]))
         if result.verdict is not Verdict.COMMITTED:
             raise UnavailableError(f"nothing more was collected: {result.detail}: try again")

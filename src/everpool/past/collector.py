@@ -89,7 +89,7 @@ class Finder:
         planned = plan(places, pins, horizon, state.version, state.time_ns)
         # Where the past begins is no matter of the log.
         kept = planned.kept if planned.kept > first else state.horizon.kept
-        record = Collect(state.version, state.checkpoint, kept, 0, planned.islands, [])
+        record = Collect(state.version, kept, 0, planned.islands, [])
         needed = needed_places(places, pins, planned.kept)
         steps = self._steps(state, needed, planned, manifest.runs)
         return Found(record, kept != state.horizon.kept, steps)

@@ -29,7 +29,6 @@ class Look(NamedTuple):
     """The newest state, and what is to be kept from there on."""
 
     version: int
-    checkpoint: int
     manifest: str
     horizon: Horizon
     places: list[Past]
@@ -111,7 +110,7 @@ class Collector:
         live.update((key, *(run.key for run in manifest.runs)))
         places = places_of(self.store, key)
         planned = plan(places, pins, horizon, state, time_ns)
-        return Look(state, version, key, horizon, places, planned, live, dead_before)
+        return Look(state, key, horizon, places, planned, live, dead_before)
 
     def voids(self, look: Look) -> bool:
         """Whether a record has to make uploads void before any is found dead."""
@@ -155,7 +154,7 @@ class Collector:
     def decide(self, look: Look, dead: list[str]) -> Generator[int, None, list[str] | None]:
         """Commit a `Collect`; returns the keys of what may be deleted, or None."""
         kept, start, islands = look.plan
-        operation = Collect(look.version, look.checkpoint, kept, start, islands, dead)
+        operation = Collect(look.version, kept, start, islands, dead)
         record = Record(look.version, [], [], [], [operation])
         outcome = yield from self.committer.commit("collect", record)
         if outcome is None or outcome.state != "committed":
