@@ -321,3 +321,22 @@ def test_folders_are_made_and_swept_at_once(tmp_path: Path) -> None:
         for done in [threads.submit(make) for _ in range(8)]:
             done.result()
     assert list(tmp_path.iterdir()) == []
+
+
+@IN_A_BUCKET
+def test_a_branch_has_no_snapshots_of_what_it_cannot_look_at(
+    pool: Any, url: str, tmp_path: Path
+) -> None:
+    pool["a"] = 1
+    pool.snapshot("early")
+    pool["a"] = 2
+    there = f"file://{tmp_path}/branch"
+    pool.branch(there)
+    with everpool.open(there, cache_dir=tmp_path / "host") as branch:
+        assert branch.snapshots() == []
+        branch.snapshot("early")
+        branch.checkpoint()
+        with everpool.open(there, cache_dir=tmp_path / "other") as other:
+            assert [found.name for found in other.snapshots()] == ["early"]
+            with other.at("early") as past:
+                assert past["a"] == 2

@@ -16,7 +16,7 @@ from everpool.agent.past import PastEngine
 from everpool.agent.pools import MARKER, create_branch
 from everpool.errors import ExistsError, NotFoundError
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
-from everpool.replica.index import is_dead_object
+from everpool.replica.index import is_of_the_past
 from everpool.segments.checkpoints import write_manifest, write_pages, write_runs
 from everpool.segments.format import Manifest
 from everpool.store import Store, open_store, without_secrets
@@ -53,10 +53,11 @@ def write_start(past: PastEngine, store: Store, pool: bytes) -> str:
         pages.update((place, page.row()) for place, page in zip(part, written, strict=True))
     with index.env.begin(buffers=True) as txn:
         state = index.state(txn)
-        # What the parent has let go of, and its objects, are the parent's business.
-        kept = (row for row in index.dump(txn) if not is_dead_object(row[0]))
-        runs = write_runs(store, began, kept, 0, state.version)
-        rows = index.rows_of(txn, set(), set(), pages, set(), state.version)
+        # The past is the parent's business: there is none to look at here.
+        rows = (row for row in index.dump(txn) if not is_of_the_past(row[0]))
+        runs = write_runs(store, began, rows, 0, state.version)
+        placed = index.rows_of(txn, set(), set(), pages, set(), state.version)
+        rows = (row for row in placed if not is_of_the_past(row[0]))
         runs += write_runs(store, began, rows, 1, state.version)
     manifest = Manifest(pool, state.version, 0, state.hash, state.time_ns, runs, [])
     return write_manifest(store, began, manifest)

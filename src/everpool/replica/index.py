@@ -190,9 +190,9 @@ def files_in(key: bytes, row: bytes) -> list[str]:
     return [row.reference().file for row in rows if row.kind == BULK]
 
 
-def is_dead_object(key: bytes) -> bool:
-    """Whether the row with that key tells of an object that nothing names any more."""
-    return key[:1] == _GARBAGE
+def is_of_the_past(key: bytes) -> bool:
+    """Whether the row with that key tells of the pool's past: of snapshots, or dead objects."""
+    return key[:1] in (_GARBAGE, _PINS)
 
 
 def key_of(number: int) -> bytes:
