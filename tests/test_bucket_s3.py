@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from everpool.testing.conformance import Harness
 from everpool.testing.conformance.clients import ClientGuarantees
 from everpool.testing.conformance.transactions import TransactionGuarantees
 from support.agents import end_agents
+from support.processes import Child, ending
 from support.s3 import Server
 
 
@@ -67,6 +69,31 @@ def test_checkpoints_the_past_and_a_new_host(s3: Server, tmp_path: Path) -> None
             assert other.memory("m").read(1 << 33, 6) == b"now" + written[3:6]
             other.restore("then")
             assert np.array_equal(other["large"], large) and other.verify().ok
+    finally:
+        end_agents(tmp_path)
+
+
+def store_large(link: Any, pool: everpool.Pool, number: int) -> None:
+    pool[f"child/{number}"] = np.full(500_000, number)
+    pool.memory("m")[number << 20 : (number << 20) + (2 << 20)] = bytes([number]) * (2 << 20)
+    assert pool[f"child/{number}"][7] == number
+    link.send("stored")
+
+
+def test_a_forked_child_stores_what_is_large(s3: Server, tmp_path: Path) -> None:
+    try:
+        with everpool.open(s3.make_url(), cache_dir=tmp_path / "one") as pool:
+            pool["parent"] = np.arange(100_000)  # the parent has used the bucket
+            pool.allocate("m", 16 << 20)
+            for number in (1, 4):
+                child = Child(store_large, pool, number)
+                with ending(child):
+                    assert child.receive(60) == "stored"
+            pool.sync()
+            assert [int(pool[f"child/{number}"][-1]) for number in (1, 4)] == [1, 4]
+            assert pool.memory("m").read(4 << 20, 3) == bytes([4]) * 3
+            assert pool.verify().ok
+            assert not list(tmp_path.glob("one/*/*/staging/*"))
     finally:
         end_agents(tmp_path)
 

@@ -110,7 +110,11 @@ class RemoteEngine:
             continued = before is not None and before.continued_as == self.replica_name
             self.lineage = before.lineage if before and continued else self.replica_name.encode()
             self._values = CachedValues(
-                place, self._store, lambda: self.replica.version(), self._fetch_value
+                place,
+                self._store,
+                lambda: self.replica.version(),
+                self._fetch_value,
+                lambda file, name, size: self._ask("upload", file, name, size),
             )
             parts = Parts(memories=self._memories, bulk=self._values)
             self.replica = self._opened = Replica(place, read_only=True, parts=parts)

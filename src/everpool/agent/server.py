@@ -335,6 +335,11 @@ def _value(server: Server, file: str, size: int, checksum: bytes) -> bool:
     return True
 
 
+def _upload(server: Server, file: str, name: str, size: int) -> bool:
+    server.host.values.upload(file, name, size)
+    return True
+
+
 def _sync(server: Server) -> int:
     return server.sync()
 
@@ -364,6 +369,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "fetch": _fetch,
     "extents": _extents,
     "value": _value,
+    "upload": _upload,
     "sync": _sync,
     "outcomes": _outcomes,
     "checkpoint": _checkpoint,

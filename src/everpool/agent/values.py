@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from everpool.errors import CorruptionError, InvalidError, NotFoundError
+from everpool.errors import (
+    ClosedError,
+    CorruptionError,
+    InvalidError,
+    NotFoundError,
+    UnavailableError,
+)
 from everpool.records import Reference
 from everpool.replica.bulk import (
     BulkFiles,
@@ -25,6 +31,7 @@ from everpool.replica.bulk import (
     map_file,
     stored_bytes,
 )
+from everpool.replica.index import translated
 from everpool.segments.format import new_name
 from everpool.store import Store
 
@@ -47,7 +54,10 @@ class Uploaded(Staged):
 
 
 class CachedValues(BulkFiles):
-    """The large values of one host's replica. `fetch` makes a file that is not there yet."""
+    """The large values of one host's replica. `fetch` makes a file that is not there yet.
+
+    `upload` makes a segment of a staged file, for who cannot use the store: a forked child.
+    """
 
     def __init__(
         self,
@@ -55,8 +65,10 @@ class CachedValues(BulkFiles):
         store: Store,
         version: Callable[[], int],
         fetch: Callable[[Reference], None],
+        upload: Callable[[str, str, int], None] | None = None,
     ) -> None:
         super().__init__(folder)
+        self._upload = upload
         self._store = store
         self._version = version
         self._fetch = fetch
@@ -65,8 +77,33 @@ class CachedValues(BulkFiles):
         """Upload `size` bytes as a new segment; memory needed: a few parts of the upload."""
         name = new_name(self._version())
         sealed = Sealed(pieces, size)
-        self._store.put_pieces(key_of_value(name), sealed, stored_bytes(size))
+        try:
+            self._store.put_pieces(key_of_value(name), sealed, stored_bytes(size))
+        except ClosedError:
+            if self._upload is None:
+                raise
+            with translated("storing a large value for the agent to upload"):
+                staged = super().stage(pieces, size)
+            try:
+                self._upload(staged.reference.file, name, size)
+            finally:
+                super().discard(staged)
+            return Uploaded(Reference(name, size, staged.reference.checksum))
         return Uploaded(Reference(name, size, sealed.checksum))
+
+    def upload(self, file: str, name: str, size: int) -> None:
+        """Make the segment `name` of a file that somebody has staged.
+
+        Raises `UnavailableError` when the file is not there any more.
+        """
+        try:
+            with (self._staging / file).open("rb") as staged:
+                pieces = iter(lambda: staged.read(_PIECE_BYTES), b"")
+                self._store.put_pieces(key_of_value(name), pieces, stored_bytes(size))
+        except FileNotFoundError:
+            raise UnavailableError(
+                "another agent has swept what was to be uploaded: try again"
+            ) from None
 
     def discard(self, staged: Staged) -> None:
         """Delete a segment that no record will name, some time soon."""

@@ -235,6 +235,7 @@ class ObjectStore:
 
     def put_pieces(self, key: str, pieces: Iterable[Data], size: int) -> None:
         """Put the object by one request, or in parts of 8 MiB, four at a time."""
+        self._begin()  # who cannot use the store has not lost the pieces
         path = self._path(key)
         failed: list[BaseException] = []
         source: Any = _watched(pieces, size, key, failed)
