@@ -159,7 +159,7 @@ def plan(
         kept = max(kept, places[-MOST_PLACES].version)
     kept = max(kept, horizon.kept)
     start = max(place_of(places, kept).version, horizon.start)
-    # What a branch has taken over of its parent's snapshots has no place here.
+    # What is older than the first place cannot be looked at, and takes nothing.
     first = places[0].version
     islands = {
         (place_of(places, pin).version if pin >= first else pin, pin) for pin in pins if pin < kept
