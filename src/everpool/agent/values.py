@@ -35,8 +35,9 @@ from everpool.replica.index import translated
 from everpool.segments.format import new_name
 from everpool.store import Store
 
-_PIECE_BYTES = 4 << 20
-_PIECES_AT_ONCE = 8
+# Few and long ones: many writers to one file are in each other's way.
+_PIECE_BYTES = 8 << 20
+_PIECES_AT_ONCE = 4
 
 
 class Uploaded(Staged):
@@ -172,6 +173,8 @@ class CachedValues(BulkFiles):
             _write_at(descriptor, data, start)
 
         try:
+            if hasattr(os, "posix_fallocate"):  # all at once, not block by block
+                os.posix_fallocate(descriptor, 0, size)
             with ThreadPoolExecutor(_PIECES_AT_ONCE, "everpool-download") as threads:
                 for _ in threads.map(fetch, range(0, size, _PIECE_BYTES)):
                     pass
