@@ -18,7 +18,7 @@ from everpool.agent.failures import failure_in, leave_failure
 from everpool.testing import history
 from support import storm
 from support.agents import Host, end_agents, is_alive, wait_until
-from support.processes import Child, Failure, Worker, call, ending
+from support.processes import Child, Failure, Worker, call, ending, stop
 
 GRACE_S = 0.5
 
@@ -239,7 +239,7 @@ def test_a_stopped_agent_does_not_stop_reads_and_commits_end_in_time(host: Host)
         memory.write(0, b"12345678")
         view = memory.view()
         pid = host.agent()
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             assert pool["a"] == 1 and memory.read(0, 8) == bytes(view) == b"12345678"
             for act in (lambda: put(pool), lambda: memory.fetch_add(0, 1), pool.sync, pool.stats):
@@ -262,7 +262,7 @@ def put(pool: Any) -> None:
 def test_opening_behind_a_stopped_agent_ends_in_time(host: Host) -> None:
     host.open().close()
     pid = host.agent()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         began = time.monotonic()
         assert "is stopped" in call(open_soon, host.url, str(host.cache))
@@ -292,7 +292,7 @@ def test_what_was_said_not_to_be_committed_never_is(host: Host) -> None:
             deadline = time.monotonic() + 3.5
             while time.monotonic() < deadline:
                 time.sleep(choose.uniform(0, 0.05))
-                os.kill(pid, signal.SIGSTOP)
+                stop(pid)
                 time.sleep(choose.choice([0.01, 0.14, 0.15, 0.151, 0.16, 0.3]))
                 os.kill(pid, signal.SIGCONT)
             told = [worker.receive() for worker in workers]

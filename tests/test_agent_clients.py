@@ -26,7 +26,7 @@ from everpool.values import encode
 from support.agents import Host, end_agents, is_alive, processes_of, wait_until
 from support.interrupts import press_at_every_line
 from support.isolation import own_process
-from support.processes import Child, Worker, call, ending
+from support.processes import Child, Worker, call, ending, stop
 
 
 @pytest.fixture
@@ -469,7 +469,7 @@ def test_ctrl_c_ends_every_wait_for_a_stopped_agent(host: Host) -> None:
     pool = host.open(timeout_s=30)
     pool["x"] = 1
     pid = host.agent()
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     for act in (lambda: write(pool), pool.sync, pool.stats):
         assert interrupted(act) < 3
     assert call(interrupted_open, host) < 3

@@ -25,6 +25,7 @@ from everpool.store import open_store
 from support.agents import agents_under, end_agents, wait_until
 from support.chaos import check_verdicts
 from support.patched_agent import Traps
+from support.processes import stop
 
 POINTS = ["uploaded", "gathered", "runs", "manifest", "committed", "adopted", "trimmed"]
 BLOCKS = 12
@@ -367,7 +368,7 @@ def too_late(world: World) -> None:
     with world.open("one", timeout_s=1) as one, world.open("two") as two:
         prepare(one)
         agent = world.agent("one")
-        os.kill(agent, signal.SIGSTOP)
+        stop(agent)
         try:
             with pytest.raises(UnavailableError):
                 one["late"] = 1
@@ -424,7 +425,7 @@ def test_a_host_is_stopped_over_checkpoints_and_trims_of_another(seed: int, worl
             check(two, 1)  # so that its blocks are filled
         agent = world.agent("two")
         played = two.stats()["position"]
-        os.kill(agent, signal.SIGSTOP)
+        stop(agent)
         try:
             number = 1
             for _ in range(3):

@@ -34,6 +34,7 @@ from everpool.store.memory import MemoryStore
 from everpool.values import encode
 from support.agents import Host, end_agents, wait_until
 from support.pictures import picture
+from support.processes import stop
 from test_bucket_attacks import World, checkpoint_in_time
 from test_collection_attacks import NOTHING, catch_up, change, collect_in_time, prepare
 
@@ -152,7 +153,7 @@ def test_a_host_that_slept_plays_what_is_gone(what: str, tmp_path: Path) -> None
         if what == "a store":
             assert two.memory("memory").read(0, 5) == b"first"  # so that it is changed at once
         agent = hosts[1].agent()
-        os.kill(agent, signal.SIGSTOP)
+        stop(agent)
         if what == "a store":
             memory.write(0, os.urandom(6 << 20))
         else:

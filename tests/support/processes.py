@@ -32,6 +32,15 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def stop(pid: int) -> None:
+    """SIGSTOP, and wait until all threads are stopped: on other cores they go on for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + PATIENCE_S
+    while set(thread_states(pid)) != {"T"}:
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
 class Failure:
     """A traceback on its way to the parent."""
 
@@ -108,11 +117,7 @@ class Child:
 
     def stop(self) -> None:
         """SIGSTOP, and wait until all its threads are stopped."""
-        os.kill(self.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + PATIENCE_S
-        while set(thread_states(self.pid)) != {"T"}:
-            assert time.monotonic() < deadline, "the child does not stop"
-            time.sleep(0.001)
+        stop(self.pid)
 
     def go_on(self) -> None:
         """SIGCONT."""
