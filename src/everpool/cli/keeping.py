@@ -106,7 +106,10 @@ def collect(
             f"{count(found.dead, 'object')}, {human_size(found.dead_bytes)}: not in the newest "
             "version, deleted when no older one is kept"
         )
-    print_line(f"versions from {found.kept} on are kept, and those of snapshots")
+    if found.kept:
+        print_line(f"versions from {found.kept} on are kept, and those of snapshots")
+    else:
+        print_line("no version is too old to be kept")
 
 
 def _words(age: datetime.timedelta) -> str:

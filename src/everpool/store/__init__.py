@@ -14,6 +14,7 @@ another one (`a` and `a/b`): a directory cannot hold both.
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from everpool.errors import InvalidError
@@ -144,10 +145,10 @@ def open_store(url: str, **options: Any) -> Store:
     """
     scheme = url.partition("://")[0].lower()
     if "://" not in url or scheme not in _SCHEMES:
-        raise InvalidError(
-            f"no store has an address that begins like {url[:16]!r}:"
-            " use s3://, gs://, az:// or file:///"
-        )
+        use = "use s3://, gs://, az:// or file:///"
+        if url and ":" not in url:
+            use = f"for that folder, use {Path(url).absolute().as_uri()}"
+        raise InvalidError(f"no store has an address that begins like {url[:16]!r}: {use}")
     if scheme == "file":
         from everpool.store.directory import open_directory
 
