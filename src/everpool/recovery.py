@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from everpool.errors import InvalidError, NotFoundError
+from everpool.store import without_secrets
 from everpool.store.locks import PARALLEL, Locks, Version, open_locks
 
 # What says that there is a pool comes last: nobody opens a half of one.
@@ -52,7 +53,7 @@ def undelete(url: str, to: datetime | None = None, *, dry_run: bool = False) -> 
     there is nothing to bring back: no version of a pool.
     """
     locks = open_locks(url)
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     if locks is None:
         raise InvalidError(
             f"the versions of {where} are not known of: for gs:// and az://, see the guide about "

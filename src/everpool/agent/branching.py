@@ -13,8 +13,7 @@ import uuid
 from collections.abc import Callable
 
 from everpool.agent.past import PastEngine
-from everpool.agent.pools import MARKER, create_branch
-from everpool.errors import ExistsError, NotFoundError
+from everpool.agent.pools import check_free, create_branch
 from everpool.paging.regions import BLOCK_BYTES, BLOCK_SHIFT
 from everpool.replica.index import is_of_the_past
 from everpool.segments.checkpoints import write_manifest, write_pages, write_runs
@@ -28,9 +27,7 @@ def branch(past: PastEngine, parent: str, url: str, pin: Callable[[], None]) -> 
     """Make a pool at `url` that begins as `past`, of the pool at `parent`."""
     where = without_secrets(url)
     with contextlib.closing(open_store(url)) as store:
-        with contextlib.suppress(NotFoundError):
-            store.get(MARKER)
-            raise ExistsError(f"there is a pool at {where} already: choose another URL")
+        check_free(store, where)
         pool = uuid.uuid4().bytes
         start = write_start(past, store, pool)
         pin()

@@ -26,7 +26,7 @@ from everpool.records import Reference, decode_entry
 from everpool.replica.index import files_in, is_page, page_in
 from everpool.segments.checkpoints import key_of_pages, read_manifest, read_runs
 from everpool.segments.format import read_page_row
-from everpool.store import Store, open_store
+from everpool.store import Store, open_store, without_secrets
 from everpool.store.locks import COMPLIANCE, GOVERNANCE, PARALLEL, Lock, Locks, open_locks
 
 ADVISORY = "advisory"
@@ -55,7 +55,7 @@ class Vault:
             while marker.parent:
                 self._add(marker.parent)
                 with contextlib.closing(open_store(marker.parent)) as store:
-                    marker = read_marker(store, marker.parent.partition("?")[0])
+                    marker = read_marker(store, without_secrets(marker.parent))
             undoing.pop_all()
 
     def _add(self, url: str) -> None:

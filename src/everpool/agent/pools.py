@@ -96,12 +96,23 @@ def create_marker(store: Store, where: str) -> Marker:
         return read_marker(store, where)
 
 
+def check_free(store: Store, where: str) -> None:
+    """Raise `ExistsError` when there is a pool, before anything is sent for another one."""
+    with contextlib.suppress(NotFoundError):
+        store.get(MARKER)
+        raise _is_taken(where)
+
+
+def _is_taken(where: str) -> ExistsError:
+    return ExistsError(f"there is a pool at {where} already: choose another URL")
+
+
 def create_branch(store: Store, where: str, pool: bytes, parent: str, start: str) -> None:
     """Make a branch, all of whose parts are there. Raises `ExistsError` when there is a pool."""
     try:
         _write(store, Marker(_FORMAT, str(uuid.UUID(bytes=pool)), parent, start))
     except ConflictError:
-        raise ExistsError(f"there is a pool at {where} already: choose another URL") from None
+        raise _is_taken(where) from None
 
 
 def _write(store: Store, marker: Marker) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from everpool.agent.branching import write_start
 from everpool.agent.past import PastEngine
-from everpool.agent.pools import MARKER, Marker, create_branch, put_backup, read_marker
+from everpool.agent.pools import MARKER, Marker, check_free, create_branch, put_backup, read_marker
 from everpool.agent.values import key_of_value
 from everpool.errors import ClosedError, ConflictError, CorruptionError, ExistsError, NotFoundError
 from everpool.past.keeper import Keeper
@@ -31,7 +31,7 @@ from everpool.replica.bulk import stored_bytes
 from everpool.replica.index import translated
 from everpool.segments.checkpoints import key_of_pages, write_manifest
 from everpool.segments.format import Manifest, read_page_row
-from everpool.store import Store, open_store
+from everpool.store import Store, open_store, without_secrets
 from everpool.store.directory import DirectoryStore
 
 _FOLDERS = ("index", "pages", "values")
@@ -52,11 +52,9 @@ class Part(NamedTuple):
 def branch(keeper: Keeper, past: PastEngine, url: str) -> None:
     """Make a pool at `url` that begins as `past`, which is closed then."""
     try:
-        where = url.partition("?")[0]
+        where = without_secrets(url)
         with contextlib.closing(open_store(url)) as store:
-            with contextlib.suppress(NotFoundError):
-                store.get(MARKER)
-                raise ExistsError(f"there is a pool at {where} already: choose another URL")
+            check_free(store, where)
             pool, version = uuid.uuid4().bytes, past.sync()
             with _pinned(keeper, f"branch at {where}", version):
                 _send(store, _parts_of(keeper, past), None, may_link=True)
@@ -73,7 +71,7 @@ def back_up(
     progress: Progress | None,
 ) -> int:
     """Send a checkpoint made now to `url`; returns its version."""
-    where = url.partition("?")[0]
+    where = without_secrets(url)
     with contextlib.closing(open_store(url)) as store:
         marker, e_tag = _earlier(keeper, store, where)
         keeper.checkpoint()
