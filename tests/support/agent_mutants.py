@@ -15,7 +15,7 @@ import numpy as np
 from everpool import collection, verdict
 from everpool.agent import blocks, commits, server, steward
 from everpool.errors import CommitUnknownError, EverpoolError, UnavailableError
-from everpool.records import Checkpoint, RecordId
+from everpool.records import RecordId
 from everpool.replica.player import Player
 from everpool.store.directory import DirectoryStore
 from everpool.verdict import Add
@@ -135,36 +135,9 @@ def blackout() -> None:
         hidden(name)
 
 
-MUTANTS: dict[str, Callable[[], None]] = {
-    one.__name__: one
-    for one in (
-        mixed_checkpoint,
-        redo_adds,
-        fill_without_tail,
-        adoption_forgets_all,
-        lost_answer_sent_again,
-        deadline_ignored,
-        blackout,
-    )
-}
-
-
 def late_uploads_count() -> None:
     """Takes uploads that a collection has voided."""
     vars(verdict)["_check_upload"] = lambda *_: None
-
-
-def checkpoints_build_on_anything() -> None:
-    """Takes a checkpoint that builds on one which is not the newest any more."""
-    decide = verdict.Judge._effects
-
-    def deciding(self: Any, record: Any, effects: Any) -> int:
-        for at, operation in enumerate(record.operations):
-            if isinstance(operation, Checkpoint):
-                record.operations[at] = msgspec.structs.replace(operation, previous=-1)
-        return decide(self, record, effects)
-
-    verdict.Judge._effects = deciding  # type: ignore[method-assign]
 
 
 def restored_is_dead() -> None:
@@ -182,3 +155,20 @@ def snapshots_are_overlooked() -> None:
     """Lets go of the version of a snapshot that was taken meanwhile."""
     refusal = collection.refusal
     vars(verdict)["refusal"] = lambda *args: refusal(*args[:3], (), args[4])
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    one.__name__: one
+    for one in (
+        mixed_checkpoint,
+        redo_adds,
+        fill_without_tail,
+        adoption_forgets_all,
+        lost_answer_sent_again,
+        deadline_ignored,
+        blackout,
+        late_uploads_count,
+        restored_is_dead,
+        snapshots_are_overlooked,
+    )
+}
