@@ -1,5 +1,6 @@
 """The stores keep what `Store` promises."""
 
+import contextlib
 import errno
 import os
 import random
@@ -301,3 +302,12 @@ def test_without_obstore_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(InvalidError, match=r"pip install 'everpool\[bucket\]'"):
         open_store("s3://bucket/pool")
+
+
+def test_a_folder_and_an_object_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    with contextlib.closing(DirectoryStore(tmp_path)) as store:
+        store.put("x/y", b"1")
+        with pytest.raises(InvalidError, match="no key may be a folder"):
+            store.put("x/y/z", b"2")
+        store.delete(["x/y/z", "nowhere/at/all"])
+        assert store.get("x/y").data == b"1"

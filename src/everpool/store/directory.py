@@ -42,7 +42,7 @@ _NAME_BYTES = 255
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-_SHAPE = (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+_SHAPE = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
 
 def open_directory(url: str, *, timeout_s: float = 10.0, **unknown: object) -> "DirectoryStore":
@@ -161,11 +161,14 @@ class DirectoryStore:
         for key in keys:
             self._begin(key)
             path = self._path(key)
-            with self._translated("delete", key), contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+            with self._translated("delete", key), gone:
+                # Also of what is gone: whoever deleted it may have died before the flush.
                 folders.add(path.parent)
+                path.unlink()
         for folder in folders:
-            with self._translated("delete", ""):
+            gone = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+            with self._translated("delete", ""), gone:
                 _flush_folder(folder)
 
     def close(self) -> None:
@@ -295,7 +298,9 @@ class DirectoryStore:
                 raise InvalidError(f"{words}; give this user the rights", key=key) from error
             if error.errno in _SHAPE:
                 raise InvalidError(f"{words}; no key may be a folder", key=key) from error
-            raise UnavailableError(words, key=key) from error
+            raise UnavailableError(
+                f"{words}; see that the disk works and has room, then try again", key=key
+            ) from error
 
 
 def _name_of(part: str) -> str:
