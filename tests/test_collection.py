@@ -168,7 +168,7 @@ def test_an_upload_that_slept_is_void(pool: Any, tmp_path: Path) -> None:
 
 
 def test_an_upload_under_way_is_left_alone(pool: Any, tmp_path: Path) -> None:
-    pool.retain(age=NOTHING, versions=2)
+    pool.retain(age=NOTHING, versions=3)
     for number in range(8):
         pool["n"] = number
     pool.checkpoint()
