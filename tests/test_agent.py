@@ -373,3 +373,9 @@ def test_an_agent_that_could_not_say_why_points_to_its_log(tmp_path: Path) -> No
         error = failure_in(tmp_path)
         assert isinstance(error, everpool.UnavailableError)
         assert f"{tmp_path}/agent.log" in error.message
+
+
+def test_nobody_else_may_look_into_the_cache(host: Host) -> None:
+    with host.open() as pool:
+        pool["secret"] = "word"
+        assert host.folder().stat().st_mode & 0o77 == 0

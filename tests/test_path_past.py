@@ -851,3 +851,28 @@ def test_a_backup_that_goes_on_is_collected_like_any_pool_in_a_bucket(
         assert backup.verify().ok and len(backup["large"]) == 100_000
     with everpool.open(there, cache_dir=tmp_path / "other") as backup:
         assert backup.verify().ok and len(backup["large"]) == 100_000
+
+
+def test_nobody_else_may_look_at_what_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = path.parent / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with everpool.open(path) as pool:
+        pool["secret"] = "word"
+        pool.snapshot("then")
+        with pool.at("then") as past:
+            assert past["secret"] == "word"
+            (folder,) = scratch.iterdir()
+            assert folder.stat().st_mode & 0o77 == 0
+
+
+def test_a_backup_whose_snapshot_was_forgotten_is_whole(path: Path, tmp_path: Path) -> None:
+    with everpool.open(path) as pool:
+        pool["a"] = 1
+        keeper = pool.engine()._keeper()  # type: ignore[attr-defined]
+        version = pool.checkpoint()
+        with keeper.pinned("backup", version):
+            pool.forget_snapshot("backup")
+        with pytest.raises(ValueError, match="theirs"), keeper.pinned("backup", version):
+            pool.forget_snapshot("backup")
+            raise ValueError("theirs")

@@ -450,7 +450,8 @@ def _leave_mark(folder: Path) -> None:
     """
     with translated(f"opening {folder}"):
         mark = folder / "clients" / str(os.getpid())
-        mark.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # as private as the bucket
+        mark.parent.mkdir(exist_ok=True)
         mark.touch()
 
 

@@ -305,13 +305,15 @@ class Host:
         """Bring a large value into the cache, once for all who ask."""
         with self._downloading:
             lock = self._downloads.setdefault(reference.file, threading.Lock())
-        with lock:
-            with contextlib.suppress(FileNotFoundError):
-                self.values.local(reference)
-                return
-            self.values.download(reference)
-        with self._downloading:
-            self._downloads.pop(reference.file, None)
+        try:
+            with lock:
+                try:
+                    self.values.local(reference)
+                except FileNotFoundError:
+                    self.values.download(reference)
+        finally:
+            with self._downloading:
+                self._downloads.pop(reference.file, None)
 
     # Checkpoints
 

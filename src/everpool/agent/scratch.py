@@ -1,4 +1,4 @@
-"""Folders that go with the process that made them, also when that is killed.
+"""Folders that go with the process that made them, also when that is killed. Nobody else may look.
 
 Whoever makes one removes those of the dead beside it. A folder's file `lock` is locked (flock)
 while its process lives, and the kernel frees it: pids may be used again, and those of another
@@ -13,6 +13,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from everpool.errors import InvalidError
 from everpool.replica.index import translated
 
 
@@ -21,11 +22,16 @@ class Scratch:
 
     def __init__(self, parent: Path) -> None:
         with translated(f"making a folder in {parent}"):
-            parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(0o700, parents=True, exist_ok=True)
+            if parent.stat().st_uid != os.getuid():
+                raise InvalidError(
+                    f"{parent} belongs to another user, who could read what is put there: remove "
+                    "it, or set TMPDIR to a folder of your own"
+                )
             _sweep(parent)
             while True:
                 self.path = parent / f"{os.getpid()}-{uuid.uuid4().hex}"
-                self.path.mkdir()
+                self.path.mkdir(0o700)
                 lock = _lock(self.path)
                 if lock is not None:
                     break

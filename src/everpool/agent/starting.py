@@ -59,7 +59,7 @@ class Finder:
             if failed:
                 self.give_up()
                 raise failure_in(self._folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(0o700, parents=True, exist_ok=True)
         now = time.monotonic()
         if not self._since:
             self._since = now

@@ -30,7 +30,14 @@ import lmdb
 from everpool.agent.collector import Progress as Collected
 from everpool.collection import needed_places
 from everpool.commit import Committer, Submission
-from everpool.errors import ClosedError, ConflictError, EverpoolError, UnavailableError
+from everpool.errors import (
+    ClosedError,
+    ConflictError,
+    EverpoolError,
+    ExistsError,
+    NotFoundError,
+    UnavailableError,
+)
 from everpool.interrupts import NOTICE_S, check, deferred
 from everpool.past.collector import Finder, delete, unfinished
 from everpool.past.entries import PathEntries
@@ -274,11 +281,15 @@ class Keeper:
         with self._replica.index.read() as txn:
             known = {pin[0] for pin in self._replica.index.pins(txn)}
         unpin: list[Operation] = [Unpin(name)] if name in known else []
-        self._commit([*unpin, Pin(name, version)])
+        try:
+            self._commit([*unpin, Pin(name, version)])
+        except (ExistsError, NotFoundError) as error:
+            raise UnavailableError(f"somebody else makes a {name}: try again") from error
         try:
             yield
         finally:
-            self._commit([Unpin(name)])
+            with contextlib.suppress(NotFoundError):  # somebody forgot it meanwhile
+                self._commit([Unpin(name)])
 
     @contextlib.contextmanager
     def _steward(self, timeout_s: float) -> Iterator[None]:

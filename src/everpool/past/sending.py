@@ -25,7 +25,15 @@ from everpool.agent.branching import write_start
 from everpool.agent.past import PastEngine
 from everpool.agent.pools import MARKER, Marker, check_free, create_branch, put_backup, read_marker
 from everpool.agent.values import key_of_value
-from everpool.errors import ClosedError, ConflictError, CorruptionError, ExistsError, NotFoundError
+from everpool.collection import upload_version
+from everpool.errors import (
+    ClosedError,
+    ConflictError,
+    CorruptionError,
+    ExistsError,
+    NotFoundError,
+    UnavailableError,
+)
 from everpool.past.keeper import Keeper
 from everpool.replica.bulk import stored_bytes
 from everpool.replica.index import translated
@@ -77,7 +85,7 @@ def back_up(
         keeper.checkpoint()
         manifest, state = keeper.newest()
         version = 0 if manifest is None else manifest.version
-        if marker is not None and _version_of(marker) == version:
+        if marker is not None and upload_version(marker.start) == version:
             return version
         pool, start = uuid.uuid4().bytes, ""
         if manifest is not None:
@@ -99,7 +107,10 @@ def back_up(
         try:
             put_backup(store, pool, state.pool, start, e_tag)
         except ConflictError:
-            raise _taken(where) from None
+            _earlier(keeper, store, where)  # which raises when it is no backup of this pool
+            raise UnavailableError(
+                f"another backup came to {where} meanwhile: try again"
+            ) from None
         return version
 
 
@@ -119,10 +130,6 @@ def _earlier(keeper: Keeper, store: Store, where: str) -> tuple[Marker | None, s
     if marker.backup != str(uuid.UUID(bytes=keeper.newest()[1].pool)):
         raise _taken(where)
     return marker, e_tag
-
-
-def _version_of(marker: Marker) -> int:
-    return int(marker.start.partition("/")[2].partition("-")[0] or "0", 16)
 
 
 def _taken(where: str) -> ExistsError:
