@@ -118,7 +118,7 @@ class Commits:
             self._room.notify_all()
 
     def close(self) -> None:
-        """Commit what is queued, and stop."""
+        """Commit what is queued of whoever is ready, and stop; the others ask the next agent."""
         with self._mutex:
             self._closed = True
             self._work.notify()

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from everpool.agent.host import LOG
 from everpool.agent.pools import MARKER, SHARED, Marker, read_marker
-from everpool.agent.values import key_of_value
 from everpool.errors import CorruptionError, NotFoundError
 from everpool.log.bucket.census import census, head_key
 from everpool.records import Reference, decode_entry
+from everpool.replica.bulk import key_of_value
 from everpool.replica.index import files_in, is_page, page_in
 from everpool.segments.checkpoints import key_of_pages, read_manifest, read_runs
 from everpool.segments.format import read_page_row

@@ -31,6 +31,7 @@ from everpool.replica.effects import effects_of, entry_of
 from everpool.replica.flush import floor_of
 from everpool.replica.index import State
 from everpool.segments.checkpoints import (
+    is_due_whole,
     read_manifest,
     write_manifest,
     write_pages,
@@ -44,7 +45,8 @@ DUE_VERSIONS = int(os.environ.get("EVERPOOL_CHECKPOINT_VERSIONS", "8192"))
 DUE_BYTES = 16 << 20
 _LAST_BLOCKS = 1024
 _ROUNDS = 8
-_MOST_DELTAS = 7
+# A new host asks for each run: so few bytes are not worth a request.
+_LEAST_BYTES = 1024
 
 Place = tuple[int, int]
 
@@ -183,10 +185,7 @@ class Steward:
         index, store = self._host.replica.index, self._host.store
         rows = {place: page.row() for place, (_, page) in pages.items()}
         kept = [] if previous is None else previous.runs
-        deltas = {run.version for run in kept if run.after}
-        size = sum(run.size for run in kept if run.after)
-        base = sum(run.size for run in kept if not run.after)
-        if previous is None or len(deltas) >= _MOST_DELTAS or size > max(base, _LAST_BLOCKS):
+        if previous is None or is_due_whole(kept, _LEAST_BYTES):
             dumped: Iterator[Row] = iter(index.dump(txn))
             runs = write_runs(store, self._began, dumped, 0, state.version)
             places = index.rows_of(txn, set(), set(), rows, set(), state.version)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from everpool.collection import Plan, end_of, needed_places, place_of, plan
+from everpool.collection import Plan, needed_places, needed_spans, plan
 from everpool.errors import CorruptionError, NotFoundError
 from everpool.past.entries import PathEntries
 from everpool.past.folder import PastFolder
@@ -105,7 +105,7 @@ class Finder:
         }
         gone = {key: found for key in manifests if (found := self._readable(key)) is not None}
         known = sorted([*needed, *(one.place(key) for key, one in gone.items())], key=_order)
-        spans = _spans(needed, known, planned)
+        spans = needed_spans(known, planned)
         entries = PathEntries(self._replica, self._store, state.pool)
         try:
             chunks = {
@@ -269,19 +269,6 @@ def _version_in(key: str) -> int:
 
 def _order(place: Past) -> tuple[int, str]:
     return place.version, place.key
-
-
-def _spans(needed: list[Past], known: list[Past], planned: Plan) -> list[Span]:
-    """Return the positions that are needed: behind the first, up to the second.
-
-    `known` are the places that are needed, and those that are to go.
-    """
-    spans = [(place_of(needed, planned.kept).position, _END)]
-    for first, pin in planned.islands:
-        if first >= needed[0].version:
-            end = end_of(known, pin)
-            spans.append((place_of(needed, first).position, _END if end is None else end))
-    return spans
 
 
 def _meets(span: Span, spans: list[Span]) -> bool:

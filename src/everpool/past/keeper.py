@@ -49,6 +49,7 @@ from everpool.replica.index import Index, State, is_page, translated
 from everpool.replica.memories import MemoryFiles
 from everpool.replica.replica import Replica
 from everpool.segments.checkpoints import (
+    is_due_whole,
     key_of_pages,
     read_run,
     write_manifest,
@@ -66,7 +67,7 @@ _BLOCKS_AT_ONCE = 1024
 _LAST_BLOCKS = 128
 _ROUNDS = 8
 _ROWS_AT_ONCE = 32
-_MOST_DELTAS = 7
+_LEAST_BYTES = 1 << 20
 # So long after a collection, or after so many checkpoints, the next one is due.
 COLLECT_S = float(os.environ.get("EVERPOOL_COLLECT_S", "3600"))
 _COLLECT_CHECKPOINTS = 64
@@ -503,11 +504,8 @@ class Keeper:
     ) -> list[Run]:
         index = self._replica.index
         kept = [] if previous is None else previous.runs
-        deltas = {run.version for run in kept if run.after}
-        size = sum(run.size for run in kept if run.after)
-        base = sum(run.size for run in kept if not run.after)
         after = 0 if previous is None else previous.version
-        is_whole = previous is None or len(deltas) >= _MOST_DELTAS or size > max(base, 1 << 20)
+        is_whole = previous is None or is_due_whole(kept, _LEAST_BYTES)
         names, ids = (set[str](), set[int]()) if is_whole else (changes.names, changes.ids)
         new = {place: page.row() for place, page in pages.items()}
         rows = index.rows_of(txn, names, ids, new, set(), after)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 from everpool.agent.branching import write_start
 from everpool.agent.past import PastEngine
 from everpool.agent.pools import MARKER, Marker, check_free, create_branch, put_backup, read_marker
-from everpool.agent.values import key_of_value
 from everpool.collection import upload_version
 from everpool.errors import (
     ClosedError,
@@ -35,7 +34,7 @@ from everpool.errors import (
     UnavailableError,
 )
 from everpool.past.keeper import Keeper
-from everpool.replica.bulk import stored_bytes
+from everpool.replica.bulk import key_of_value, stored_bytes
 from everpool.replica.index import translated
 from everpool.segments.checkpoints import key_of_pages, write_manifest
 from everpool.segments.format import Manifest, read_page_row

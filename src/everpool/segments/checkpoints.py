@@ -21,6 +21,7 @@ from everpool.store import Store
 
 _RUN_BYTES = 8 << 20
 _ROW_BYTES = 32
+_MOST_DELTAS = 7
 _SEGMENT_BYTES = 64 << 20
 
 
@@ -111,6 +112,18 @@ def _write_run(store: Store, began: int, rows: list[Row], after: int, version: i
     key = f"index/{new_name(began)}"
     store.put(key, data)
     return Run(key, len(data), after, version)
+
+
+def is_due_whole(runs: Sequence[Run], least_bytes: int) -> bool:
+    """Whether the next checkpoint writes the whole index, and no more changes on top of these runs.
+
+    So it is when there are none, when there are many changes, or when they are more than the base;
+    less than `least_bytes` of them do not count.
+    """
+    deltas = [run for run in runs if run.after]
+    base = sum(run.size for run in runs if not run.after)
+    many = len({run.version for run in deltas}) >= _MOST_DELTAS
+    return not runs or many or sum(run.size for run in deltas) > max(base, least_bytes)
 
 
 def read_run(store: Store, run: Run) -> list[Row]:
