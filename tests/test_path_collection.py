@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import pickle
 import random
 import threading
 import time
@@ -18,9 +17,9 @@ import everpool
 from everpool import ClosedError, InvalidError
 from everpool.past import collector, keeper
 from everpool.replica import flush
-from support.pictures import change, picture
-from support.processes import Child, call, ending
-from support.tracing import Tracee, why_not
+from support.pictures import change, note, noted, picture
+from support.processes import Child, call
+from support.tracing import killed_somewhere_new, why_not
 
 NOTHING = datetime.timedelta(0)
 Pictures = dict[int, dict[str, Any]]
@@ -290,20 +289,7 @@ def live(path: Path, notes: Path, seed: int) -> None:
                 pool.snapshot(f"{seed} {number}")
             if len(names) > 4:
                 pool.forget_snapshot(choose.choice(names))
-            note = pickle.dumps((pool.version, picture(pool)))
-            with notes.open("ab") as file:
-                file.write(len(note).to_bytes(4, "big") + note)
-
-
-def noted(notes: Path) -> Pictures:
-    found: Pictures = {}
-    data = notes.read_bytes()
-    while len(data) > 4 and len(data) >= 4 + int.from_bytes(data[:4], "big"):
-        size = int.from_bytes(data[:4], "big")
-        version, seen = pickle.loads(data[4 : 4 + size])
-        found[version] = seen
-        data = data[4 + size :]
-    return found
+            note(notes, pool)
 
 
 def look_around(path: Path, pictures: Pictures) -> None:
@@ -400,23 +386,9 @@ def test_killed_at_every_step_of_a_collection(path: Path) -> None:
     tried: set[tuple[str, int]] = set()
     for seed in range(400):
         pictures |= call(prepare, path, seed)
-        if not killed_somewhere_new(tried, collect, path):
+        if not killed_somewhere_new(tried, 1 << 30, collect, path):
             break
         call(look_around, path, pictures)
     else:
         raise AssertionError("it never ends")
     assert len([step for step, _ in tried if "unlink" in step]) > 8, tried
-
-
-def killed_somewhere_new(tried: set[tuple[str, int]], function: Any, *args: Any) -> bool:
-    """Kill one run after the first step that is not among those tried; False: there is none."""
-    seen: dict[str, int] = {}
-    tracee = Tracee(function, *args)
-    with ending(tracee):
-        while step := tracee.next_step():
-            seen[step] = seen.get(step, 0) + 1
-            if (step, seen[step]) not in tried:
-                tried.add((step, seen[step]))
-                return True
-        tracee.finish()
-        return False

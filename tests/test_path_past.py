@@ -24,9 +24,9 @@ from support import disks, scenes
 from support.agents import end_agents
 from support.cli import contents, out_of
 from support.disks import Disk, on_own_disk
-from support.pictures import change, picture
+from support.pictures import change, note, noted, picture
 from support.processes import Child, call, ending
-from support.tracing import Tracee, why_not
+from support.tracing import killed_somewhere_new, why_not
 
 _no_tracing = why_not()
 traced = pytest.mark.skipif(bool(_no_tracing), reason=_no_tracing or "can be traced")
@@ -497,7 +497,7 @@ def test_killed_at_every_step_of_a_checkpoint(path: Path) -> None:
     deaths = 0
     for number in range(600):
         pictures |= call(change_some, path, number)
-        if not killed_somewhere_new(tried, make_checkpoint, path):
+        if not killed_somewhere_new(tried, (1 << 30) if SOAK else 3, make_checkpoint, path):
             break
         deaths += 1
         call(look_around, path, pictures, number)
@@ -506,21 +506,6 @@ def test_killed_at_every_step_of_a_checkpoint(path: Path) -> None:
     call(check_past, path, pictures)
     steps = {step for step, _ in tried}
     assert deaths > 20 and {"link", "rename", "fsync .part"} <= steps, sorted(steps)
-
-
-def killed_somewhere_new(tried: set[tuple[str, int]], function: Any, *args: Any) -> bool:
-    """Kill one run after the first step that is not among those tried; False: there is none."""
-    seen: dict[str, int] = {}
-    tracee = Tracee(function, *args)
-    with ending(tracee):
-        while step := tracee.next_step():
-            seen[step] = seen.get(step, 0) + 1
-            # In the long run at every step; else at the first few of each kind.
-            if (step, seen[step]) not in tried and (SOAK or seen[step] <= 3):
-                tried.add((step, seen[step]))
-                return True
-        tracee.finish()
-        return False
 
 
 def live(path: Path, notes: Path, seed: int) -> None:
@@ -538,20 +523,7 @@ def live(path: Path, notes: Path, seed: int) -> None:
         while True:
             change(pool, choose)
             # Nobody else changes anything, so what is noted is of this version, or of one with it.
-            note = pickle.dumps((pool.version, picture(pool)))
-            with notes.open("ab") as file:
-                file.write(len(note).to_bytes(4, "big") + note)
-
-
-def noted(notes: Path) -> Pictures:
-    found: Pictures = {}
-    data = notes.read_bytes()
-    while len(data) > 4 and len(data) >= 4 + int.from_bytes(data[:4], "big"):
-        size = int.from_bytes(data[:4], "big")
-        version, seen = pickle.loads(data[4 : 4 + size])
-        found[version] = seen
-        data = data[4 + size :]
-    return found
+            note(notes, pool)
 
 
 def storm(path: Path, notes: Path, seconds: float, seed: int) -> int:

@@ -1,6 +1,8 @@
 """What can be seen of a pool, as plain data, and random changes to it."""
 
+import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,3 +50,22 @@ def change(pool: Any, choose: random.Random) -> None:
             pool.memory(memory).write(place, choose.randbytes(30))
         else:
             pool.memory(memory).fetch_add(place, choose.randrange(50))
+
+
+def note(notes: Path, pool: Any) -> None:
+    """Append to a file what can be seen of a pool now; nobody else may change it meanwhile."""
+    data = pickle.dumps((pool.version, picture(pool)))
+    with notes.open("ab") as file:
+        file.write(len(data).to_bytes(4, "big") + data)
+
+
+def noted(notes: Path) -> dict[int, Any]:
+    """Return what was noted, by version; a note that was cut short does not count."""
+    found: dict[int, Any] = {}
+    data = notes.read_bytes()
+    while len(data) > 4 and len(data) >= 4 + int.from_bytes(data[:4], "big"):
+        size = int.from_bytes(data[:4], "big")
+        version, seen = pickle.loads(data[4 : 4 + size])
+        found[version] = seen
+        data = data[4 + size :]
+    return found

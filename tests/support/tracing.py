@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from everpool.replica import shared
-from support.processes import PATIENCE_S, Child, Failure
+from support.processes import PATIENCE_S, Child, Failure, ending
 
 _TRACE_ME, _CONT, _SYSCALL, _SET_OPTIONS, _SYSCALL_INFO = 0, 7, 24, 0x4200, 0x420E
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
@@ -228,3 +228,22 @@ def why_not() -> str:
     except (OSError, AssertionError) as error:
         return f"ptrace is not allowed here: {error}"
     return "" if found == "store" else f"ptrace shows {found!r} in place of a known call"
+
+
+def killed_somewhere_new(
+    tried: set[tuple[str, int]], most: int, function: Any, *args: Any
+) -> bool:
+    """Kill one run after the first step that is not among those tried; False: there is none.
+
+    Of steps of one kind only the first `most` count.
+    """
+    seen: dict[str, int] = {}
+    tracee = Tracee(function, *args)
+    with ending(tracee):
+        while step := tracee.next_step():
+            seen[step] = seen.get(step, 0) + 1
+            if (step, seen[step]) not in tried and seen[step] <= most:
+                tried.add((step, seen[step]))
+                return True
+        tracee.finish()
+        return False
